@@ -1,0 +1,1 @@
+"""Training substrate: data, losses, engines and the trainer. Knows nothing of Puzzle."""

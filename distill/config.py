@@ -1,0 +1,280 @@
+"""Typed configuration of the training substrate.
+
+Torch-free: a login node validates, plans and submits with these classes alone. Every class is frozen, checks its own
+ranges and names the offending key in its error. A field whose metadata says ``placement`` decides where and how fast
+work runs, never what comes out, and is left out of fingerprints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PLACEMENT: dict[str, Any] = {"placement": True}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of text documents."""
+
+    kind: Literal["python_stdlib", "text", "hub"]
+    """python_stdlib: source and docstrings of the running Python; text: local files; hub: a Hugging Face dataset."""
+    path: str | None = None
+    """text: a file, a directory or a glob (.txt .md .rst .py .jsonl .parquet, .xz, .gz); hub: the dataset id."""
+    subset: str | None = None
+    """hub: the dataset's configuration name."""
+    split: str = "train"
+    """hub: the dataset's split."""
+    text_field: str = "text"
+    """jsonl, parquet and hub: the column that holds the text."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the other sources' weights."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"data.sources: weight must be > 0, got {self.weight} for kind={self.kind}")
+        require(
+            self.kind == "python_stdlib" or bool(self.path),
+            f"data.sources: kind={self.kind} needs a path; set path=<file, directory, glob or dataset id>",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What stage prepare_data turns into token streams."""
+
+    sources: tuple[SourceConfig, ...]
+    """The mixture."""
+    train_tokens: int
+    """Upper bound on the tokens of the train split; less text than that is an error unless allow_fewer_tokens."""
+    validation_tokens: int
+    """Tokens of the held-out split, taken from whole documents that the train split never sees."""
+    calibration_tokens: int
+    """Tokens of the frozen split shared by importance, scoring and dependency measurement."""
+    allow_fewer_tokens: bool = False
+    """Accept a train split shorter than train_tokens; later stages then repeat it, epoch after epoch."""
+    tokenizer: Literal["train", "parent"] = "parent"
+    """train: learn a byte-level BPE on the text; parent: use the tokenizer of input `parent`."""
+    vocab_size: int = 2048
+    """Vocabulary of a tokenizer that is trained here."""
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "data.sources is empty; name at least one source")
+        for name in ("train_tokens", "validation_tokens", "calibration_tokens"):
+            require(getattr(self, name) > 0, f"data.{name} must be > 0, got {getattr(self, name)}")
+        require(self.vocab_size >= 260, f"data.vocab_size must be >= 260 (bytes and specials), got {self.vocab_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The library that runs forward, backward and step."""
+
+    name: Literal["torch"] = "torch"
+    """torch: one process."""
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=PLACEMENT)
+    """auto: the first CUDA device if there is one, else the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of activations and matrix products. Weights under training and optimizer state are always fp32."""
+    micro_batch_tokens: int = field(default=0, metadata=PLACEMENT)
+    """Most tokens in one forward and backward; larger batches accumulate gradients. 0: never split."""
+    compile: bool = field(default=False, metadata=PLACEMENT)
+    """Compile every block of student and teacher with torch.compile: seconds at the start, faster steps on GPUs."""
+
+    def __post_init__(self) -> None:
+        require(self.micro_batch_tokens >= 0, f"engine.micro_batch_tokens must be >= 0, got {self.micro_batch_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule, a function of the fraction of the token budget that is spent."""
+
+    lr: float
+    """Peak learning rate."""
+    min_lr_frac: float = 0.1
+    """Final learning rate as a fraction of lr."""
+    warmup_frac: float = 0.02
+    """Fraction of the token budget with linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (never on norms and biases)."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0: never clip."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
+        for name in ("min_lr_frac", "warmup_frac", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.{name} must be in 0..1, got {value}")
+        require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
+        require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the loss terms. A weight of 0 leaves the term out."""
+
+    kld: float = 0.0
+    """Forward KL(teacher || student) over the full vocabulary, per token, in nats."""
+    hidden_cosine: float = 0.0
+    """Mean over mapped blocks of 1 - cos(teacher hidden, student hidden) (Puzzle, GKD)."""
+    lm: float = 0.0
+    """Next-token cross-entropy on the data, per token, in nats."""
+    temperature: float = 1.0
+    """Softmax temperature of both models in the KL term, which is then multiplied by its square."""
+    chunk_tokens: int = field(default=1024, metadata=PLACEMENT)
+    """Tokens whose logits exist at once. Bounds memory."""
+
+    def __post_init__(self) -> None:
+        weights = (self.kld, self.hidden_cosine, self.lm)
+        require(all(w >= 0 for w in weights), f"objective weights must be >= 0, got kld, hidden_cosine, lm = {weights}")
+        require(any(w > 0 for w in weights), "objective has no term; give kld, hidden_cosine or lm a weight > 0")
+        require(self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}")
+        require(self.chunk_tokens > 0, f"objective.chunk_tokens must be > 0, got {self.chunk_tokens}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares the student with a teacher."""
+        return self.kld > 0 or self.hidden_cosine > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Budget and cadence of one training run."""
+
+    max_tokens: int
+    """Token budget; the last step is the first that reaches it."""
+    seq_len: int
+    """Tokens per sequence."""
+    batch_size: int
+    """Sequences per optimizer step."""
+    eval_every_tokens: int = 0
+    """Tokens between held-out evaluations (points of the recovery curve). 0: only at the start and at the end."""
+    eval_sequences: int = 32
+    """Validation sequences per evaluation."""
+    resume_every_tokens: int = field(default=0, metadata=PLACEMENT)
+    """Tokens between resume points. 0: a tenth of the budget."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "seq_len", "batch_size", "eval_sequences"):
+            require(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")
+        require(self.seq_len >= 2, f"seq_len must be >= 2 to have a next token, got {self.seq_len}")
+        for name in ("eval_every_tokens", "resume_every_tokens"):
+            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+        require(
+            self.max_tokens >= self.tokens_per_step,
+            f"max_tokens={self.max_tokens} is less than one step of batch_size x seq_len = {self.tokens_per_step}; "
+            "raise max_tokens or lower batch_size",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that spend the budget."""
+        return -(-self.max_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position settings, in the terms of transformers' rope parameters."""
+
+    theta: float
+    """Base frequency."""
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    """Scaling rule."""
+    factor: float | None = None
+    """Scaling factor of linear, llama3 and yarn."""
+    low_freq_factor: float | None = None
+    """llama3 only."""
+    high_freq_factor: float | None = None
+    """llama3 only."""
+    original_max_positions: int | None = None
+    """llama3 and yarn: positions of the model before scaling, in tokens."""
+
+    def __post_init__(self) -> None:
+        require(self.theta > 0, f"rope.theta must be > 0, got {self.theta}")
+        if self.kind != "default":
+            require(
+                self.factor is not None and self.factor >= 1,
+                f"rope.kind={self.kind} needs rope.factor >= 1, got {self.factor}",
+            )
+        if self.kind == "llama3":
+            for name in ("low_freq_factor", "high_freq_factor", "original_max_positions"):
+                require(getattr(self, name) is not None, f"rope.kind=llama3 needs rope.{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One phase of context extension."""
+
+    seq_len: int
+    """Tokens per sequence; the model is declared for at least as many positions afterwards."""
+    max_tokens: int
+    """Token budget of the phase."""
+    batch_size: int
+    """Sequences per optimizer step."""
+    rope: RopeConfig | None = None
+    """Rotary settings from this phase on; null keeps those of the phase before."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "max_tokens", "batch_size"):
+            require(getattr(self, name) > 0, f"extend_context.phases: {name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendContextConfig:
+    """Phases of growing sequence length (Llama-Nemotron: KD or continued pretraining)."""
+
+    phases: tuple[PhaseConfig, ...]
+    eval_every_tokens: int = 0
+    """As in TrainConfig."""
+    eval_sequences: int = 16
+    """As in TrainConfig."""
+
+    def __post_init__(self) -> None:
+        require(len(self.phases) > 0, "extend_context.phases is empty; give at least one phase")
+        lengths = [phase.seq_len for phase in self.phases]
+        require(lengths == sorted(lengths), f"extend_context.phases must not shrink seq_len, got {lengths}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation of models against the parent."""
+
+    seq_len: int
+    """Tokens per validation sequence."""
+    num_sequences: int
+    """Validation sequences."""
+    batch_size: int = 8
+    """Sequences per forward."""
+    lengths: tuple[int, ...] = ()
+    """Context lengths in tokens of the retrieval and long-text columns; empty: no such columns."""
+    num_needles: int = 32
+    """Retrieval questions per length."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "num_sequences", "batch_size", "num_needles"):
+            require(getattr(self, name) > 0, f"evaluate.{name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides the JSONL file that is always written."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """off: JSONL alone; offline: W&B files on disk, no account; online: wandb.ai."""
+    project: str = "ffn-fusion"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null: the account's default."""

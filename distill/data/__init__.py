@@ -1,0 +1,1 @@
+"""Text sources, tokenizer, packed token streams and batches."""

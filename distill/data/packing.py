@@ -1,0 +1,206 @@
+"""Documents to one flat token array per split, with a description beside them.
+
+A seeded hash of its text says which split a document goes to, and every document goes to one split alone: exact
+duplicates are dropped, so held-out text shares no document with the train split. The hash knows no budget, so runs
+that differ in ``train_tokens`` alone are held against the same validation and calibration tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from distill.config import DataConfig, require
+from distill.data.sources import documents, interleave
+from distill.data.tokenizer import encode_documents, load_tokenizer, tokenizer_sha256, vocab_size_of
+
+SPLITS = ("train", "validation", "calibration")
+
+HELD_OUT_FRAC = 1 / 8
+"""Share of documents that the hash gives to each held-out split until its budget is full; later ones go to train."""
+
+TOKENIZER_SAMPLE_CHARS = 4_000_000
+"""Text that a BPE learns from: its merges settle long before, and training time grows with the text."""
+
+_ENCODE_BATCH_DOCUMENTS = 256
+_COUNT_CHUNK_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedDocument:
+    """A document on its way to a split."""
+
+    split: str
+    """Where the hash wants it."""
+    tokens: list[int]
+    """Token ids, closed by the end-of-text token."""
+    num_bytes: int
+    """Length of the text in UTF-8."""
+
+
+class SplitWriter:
+    """Fills one ``.npy`` array up to a budget, never holding it in memory."""
+
+    def __init__(self, path: Path, budget_tokens: int, vocab_size: int) -> None:
+        dtype = np.uint16 if vocab_size < 1 << 16 else np.uint32
+        self._path = path
+        self._array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(budget_tokens,))
+        self.num_tokens = 0
+        self.num_documents = 0
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens that the array has room for."""
+        return len(self._array)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the budget is met."""
+        return self.num_tokens == self.budget_tokens
+
+    def append(self, tokens: list[int]) -> int:
+        """Add as many ``tokens`` as the budget has room for; returns how many."""
+        kept = tokens[: self.budget_tokens - self.num_tokens]
+        self._array[self.num_tokens : self.num_tokens + len(kept)] = kept
+        self.num_tokens += len(kept)
+        self.num_documents += bool(kept)
+        return len(kept)
+
+    def close(self) -> None:
+        """Bring the file to disk, cut to the tokens that came."""
+        self._array.flush()
+        if not self.is_full:
+            cut = self._path.with_suffix(".cut.npy")
+            np.save(cut, self._array[: self.num_tokens], allow_pickle=False)
+            cut.replace(self._path)
+
+
+def training_texts(data: DataConfig, *, seed: int) -> Iterator[str]:
+    """Documents of the train split in the mixture's proportions, as many as a tokenizer learns from."""
+    num_chars = 0
+    for _, (split, text) in interleave(_document_streams(data, seed), _weights(data), size=lambda item: len(item[1])):
+        if split == "train":
+            yield text
+            num_chars += len(text)
+        if num_chars >= TOKENIZER_SAMPLE_CHARS:
+            return
+
+
+def pack(data: DataConfig, directory: Path, *, seed: int) -> dict[str, Any]:
+    """Fill the splits with tokens of the sources, in the vocabulary of the tokenizer that stands in ``directory``.
+
+    Writes ``train.npy``, ``validation.npy``, ``calibration.npy`` (1-D, uint16 or uint32) and ``data.json`` there and
+    returns the content of the latter. Every document ends in the end-of-text token; the last one of a split is cut at
+    the budget. Raises ``ValueError`` where there is not enough text.
+    """
+    tokenizer = load_tokenizer(directory)
+    vocab_size = vocab_size_of(tokenizer)
+    writers = {
+        name: SplitWriter(directory / f"{name}.npy", getattr(data, f"{name}_tokens"), vocab_size) for name in SPLITS
+    }
+    streams = [_encoded(stream, tokenizer) for stream in _document_streams(data, seed)]
+    read_tokens, train_tokens = [0] * len(streams), [0] * len(streams)
+    read_bytes = 0
+    budget_tokens = sum(writer.budget_tokens for writer in writers.values())
+    with tqdm(total=budget_tokens, desc="pack", unit="tok", unit_scale=True, leave=False) as progress:
+        for index, document in interleave(streams, _weights(data), size=lambda item: len(item.tokens)):
+            read_tokens[index] += len(document.tokens)
+            read_bytes += document.num_bytes
+            split = "train" if writers[document.split].is_full else document.split
+            num_written = writers[split].append(document.tokens)
+            train_tokens[index] += num_written if split == "train" else 0
+            progress.update(num_written)
+            if all(writer.is_full for writer in writers.values()):
+                break
+    _require_full(data, writers, read_tokens)
+    for writer in writers.values():
+        writer.close()
+    summary = {
+        "vocab_size": vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer_sha256": tokenizer_sha256(directory),
+        "splits": {
+            name: {"num_tokens": writer.num_tokens, "num_documents": writer.num_documents}
+            for name, writer in writers.items()
+        },
+        "unigram_entropy_nats": unigram_entropy(directory / "train.npy", directory / "validation.npy", vocab_size),
+        "bytes_per_token": read_bytes / sum(read_tokens),
+        "sources": [
+            {"kind": source.kind, "path": source.path, "weight": source.weight, "train_tokens": num_tokens}
+            for source, num_tokens in zip(data.sources, train_tokens, strict=True)
+        ],
+    }
+    (directory / "data.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def unigram_entropy(train: Path, held_out: Path, vocab_size: int) -> float:
+    """Cross-entropy in nats per token of ``held_out`` under the token frequencies of ``train`` (add-one smoothed).
+
+    What a model reaches that ignores all context: the first bar for a trained one.
+    """
+    train_counts, held_out_counts = (_token_counts(path, vocab_size) for path in (train, held_out))
+    log_probs = np.log((train_counts + 1) / (train_counts.sum() + vocab_size))
+    return float(-(held_out_counts * log_probs).sum() / held_out_counts.sum())
+
+
+def _token_counts(path: Path, vocab_size: int) -> NDArray[np.int64]:
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), _COUNT_CHUNK_TOKENS):
+        counts += np.bincount(tokens[start : start + _COUNT_CHUNK_TOKENS], minlength=vocab_size)
+    return counts
+
+
+def _weights(data: DataConfig) -> list[float]:
+    return [source.weight for source in data.sources]
+
+
+def _document_streams(data: DataConfig, seed: int) -> list[Iterator[tuple[str, str]]]:
+    """One stream of (split, text) per source; a text that any source gave before is left out."""
+    seen: set[bytes] = set()
+    return [_unseen(documents(source, seed=seed), seen, seed) for source in data.sources]
+
+
+def _unseen(texts: Iterator[str], seen: set[bytes], seed: int) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16, key=str(seed).encode()).digest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        draw = int.from_bytes(digest[:8], "big") / 2.0**64
+        yield "validation" if draw < HELD_OUT_FRAC else "calibration" if draw < 2 * HELD_OUT_FRAC else "train", text
+
+
+def _encoded(stream: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[PackedDocument]:
+    while batch := list(islice(stream, _ENCODE_BATCH_DOCUMENTS)):
+        encodings = encode_documents(tokenizer, [text for _, text in batch])
+        for (split, text), tokens in zip(batch, encodings, strict=True):
+            tokens.append(tokenizer.eos_token_id)
+            yield PackedDocument(split=split, tokens=tokens, num_bytes=len(text.encode("utf-8")))
+
+
+def _require_full(data: DataConfig, writers: dict[str, SplitWriter], read_tokens: list[int]) -> None:
+    """Raise ``ValueError`` for a split short of its budget, naming the source that ended the mixture."""
+    dry = min(range(len(read_tokens)), key=lambda i: read_tokens[i] / data.sources[i].weight)
+    source = data.sources[dry]
+    name = source.kind if source.path is None else f"{source.kind} {source.path}"
+    end = f"source {name} (weight {source.weight:g}) ended after {read_tokens[dry]} tokens"
+    for split, writer in writers.items():
+        allowed = split == "train" and data.allow_fewer_tokens and writer.num_tokens > 0
+        way_out = ", or set data.allow_fewer_tokens=true" if split == "train" else ""
+        require(
+            writer.is_full or allowed,
+            f"data.{split}_tokens={writer.budget_tokens} asked, {writer.num_tokens} found: {end}; "
+            f"add text to it, lower its weight, lower data.{split}_tokens{way_out}",
+        )

@@ -1,0 +1,103 @@
+"""Where metrics go: a JSONL file always, Weights & Biases when asked for. The only importer of wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distill.config import TrackingConfig
+from distill.metrics import Row
+
+
+class Tracker:
+    """Writes rows of metrics, one JSON object a line, and to W&B under x = tokens.
+
+    The file starts empty: a resumed run first gives back the rows of its resume point through :meth:`restore`, so the
+    file never holds rows of steps that were lost. W&B continues the run of the same name.
+
+    Args:
+        path: the JSONL file.
+        config: whether and where W&B is used.
+        run_name: name of the pipeline run, the W&B group.
+        step_name: name of the step within it; both together name the W&B run.
+        stage: name of the stage, the W&B job type.
+        settings: resolved configuration, shown beside the run.
+
+    Raises:
+        ValueError: W&B is asked for and not installed, or does not start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: TrackingConfig,
+        *,
+        run_name: str,
+        step_name: str,
+        stage: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._wandb_run: Any = None
+        if config.wandb != "off":
+            self._wandb_run = _start_wandb(
+                project=config.project,
+                entity=config.entity,
+                mode=config.wandb,
+                group=run_name,
+                job_type=stage,
+                name=f"{run_name}/{step_name}",
+                id=hashlib.sha256(f"{run_name}/{step_name}".encode()).hexdigest()[:16],
+                resume="allow",
+                config=dict(settings),
+            )
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def log(self, row: Row) -> None:
+        """Write one row. Rows reach the file at once."""
+        self._write(row)
+        if self._wandb_run is not None:
+            self._wandb_run.log(row)
+
+    def restore(self, rows: Iterable[Row]) -> None:
+        """Write rows that an earlier attempt has logged already."""
+        for row in rows:
+            self._write(row)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the file and the W&B run."""
+        self._file.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish(exit_code=int(failed))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _write(self, row: Row) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _start_wandb(**settings: Any) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "tracking.wandb needs the package wandb, which is not installed; "
+            "install it with `pip install .[wandb]` or set tracking.wandb=off"
+        ) from error
+    try:
+        run = wandb.init(**settings)
+    except wandb.Error as error:
+        raise ValueError(
+            f"W&B does not start ({str(error).splitlines()[0]}); run `wandb login` or set tracking.wandb=offline"
+        ) from error
+    run.define_metric("*", step_metric="tokens")
+    return run

@@ -1,0 +1,1 @@
+"""Command line, configuration, artifacts, pipeline and report."""

@@ -1,0 +1,170 @@
+"""``python -m launch <stage|pipeline> [overrides] [--dry-run] [--multirun]``. Torch-free until a stage body runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from launch import console
+from launch.artifact import Artifact
+from launch.config import (
+    RunSettings,
+    compose_pipeline,
+    compose_stage,
+    inputs_of,
+    multirun,
+    pipeline_names,
+    run_name,
+    to_yaml,
+)
+from launch.pipeline import PlannedStep, check_inputs, make_job, make_recipe, plan, run_steps
+from launch.registry import STAGES
+from launch.rundir import RunDirectory
+from launch.stage import StageContext
+from launch.store import Store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0 done, 2 refused, 130 interrupted."""
+    options, overrides = _parser().parse_known_args(arguments)
+    try:
+        unknown = [text for text in overrides if text.startswith("-")]
+        if unknown:
+            raise ValueError(
+                f"unknown option {unknown[0]}; options are --dry-run and --multirun, settings are <key>=<value>"
+            )
+        if options.target == "report":
+            _report_again(overrides)
+        elif options.multirun:
+            multirun(
+                _known_target(options.target),
+                overrides,
+                lambda point: _run(options.target, point, dry_run=options.dry_run),
+            )
+        else:
+            _run(_known_target(options.target), overrides, dry_run=options.dry_run)
+    except ValueError as error:
+        if os.environ.get("FUSION_TRACEBACK"):
+            raise
+        console.complain(escape(str(error)))
+        return 2
+    except KeyboardInterrupt:
+        console.complain("interrupted; the same command goes on from the last resume point")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    targets = f"pipelines: {', '.join(pipeline_names())}\nstages: {', '.join(STAGES)}"
+    parser = argparse.ArgumentParser(
+        prog="python -m launch",
+        description="Puzzle search, attention pruning, FFN Fusion and distillation of a decoder.",
+        epilog=f"{targets}\nreport: `report <run directory>` writes a finished run's report again",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="stage|pipeline", help="what to run; see below")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; compute nothing")
+    parser.add_argument("--multirun", action="store_true", help="sweep over comma-separated values")
+    return parser
+
+
+def _known_target(target: str) -> str:
+    known = [*pipeline_names(), *STAGES, "report"]
+    if target not in known:
+        raise ValueError(f"unknown stage or pipeline {target!r}; known are {', '.join(known)}")
+    return target
+
+
+def _run(target: str, overrides: list[str], *, dry_run: bool) -> None:
+    if target in STAGES:
+        _run_stage(target, overrides, dry_run=dry_run)
+    else:
+        _run_pipeline(target, overrides, dry_run=dry_run)
+
+
+def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
+    pipeline = compose_pipeline(name, overrides)
+    steps = plan(pipeline, overrides)
+    settings, run, store = _settings(name, overrides)
+    if dry_run:
+        console.print_plan(steps, store)
+        return
+    with run.held():
+        run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
+        artifacts = run_steps(
+            steps, store=store, run=run, context=_context(settings, run), listener=console.listener(len(steps))
+        )
+        _report(run, artifacts)
+
+
+def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
+    stage = STAGES[name]
+    inputs = {key: Artifact.load(Path(path).resolve()) for key, path in inputs_of(overrides).items()}
+    check_inputs(stage, {key: artifact.manifest.kind for key, artifact in inputs.items()})
+    config = compose_stage(stage.config, overrides)
+    recipe = make_recipe(name, config, {key: artifact.manifest.fingerprint for key, artifact in inputs.items()})
+    settings, run, store = _settings(name, overrides)
+    if dry_run:
+        console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
+        return
+    job = make_job(recipe, config, inputs, context=_context(settings, run))
+    listener = console.listener(1)
+    artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
+    listener.finished(name, artifact, cached)
+    console.say(f"artifact: {artifact.path}")
+
+
+def _settings(target: str, overrides: list[str]) -> tuple[RunSettings, RunDirectory, Store]:
+    own = [text for text in overrides if text.startswith(("run.", "tracking"))]
+    settings: RunSettings = compose_stage(RunSettings, own)
+    root = Path(settings.run.root).expanduser().absolute()
+    run = RunDirectory(root=root, name=settings.run.name or run_name(target, overrides))
+    return settings, run, Store(run.store, checksums=settings.run.verify == "full")
+
+
+def _context(settings: RunSettings, run: RunDirectory) -> StageContext:
+    return StageContext(
+        out=run.path, resume=run.path, run_name=run.name, step_name=run.name, tracking=settings.tracking
+    )
+
+
+def _resolved(steps: Sequence[PlannedStep]) -> dict[str, object]:
+    return {
+        step.name: {
+            "stage": step.recipe.stage,
+            "inputs": dict(step.inputs),
+            "config": step.recipe.config,
+            "fingerprint": step.recipe.fingerprint,
+        }
+        for step in steps
+    }
+
+
+def _report_again(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError(
+            f"report takes one run directory, got {len(arguments)} arguments; try: python -m launch report runs/demo"
+        )
+    path = Path(arguments[0]).absolute()
+    run = RunDirectory(root=path.parent, name=path.name)
+    _report(run, run.read_steps())
+
+
+def _report(run: RunDirectory, artifacts: Mapping[str, Artifact]) -> None:
+    from launch.report import write_report
+    from launch.summary import print_summary
+
+    page = write_report(run.path, run.name, artifacts)
+    print_summary(json.loads((page.parent / "report.json").read_text()))
+    console.say(f"report: {page}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""From ``conf/`` and the command line to frozen dataclasses: the only module that knows Hydra. Torch-free.
+
+There is one configuration tree, ``conf/config.yaml``: a node for every group and every stage. A stage reads the nodes
+that its dataclass in :mod:`launch.registry` names. A pipeline is a tree of its own with a list of steps on top, and
+a step's configuration is the tree composed with the pipeline's ``common`` overrides, then the step's own, then those
+of the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from distill.config import TrackingConfig
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+STEP_PREFIX = "steps."
+INPUT_PREFIX = "inputs."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run keeps its things. Never part of a fingerprint."""
+
+    root: str = "runs"
+    """Directory of the store and of the run directories."""
+    name: str | None = None
+    """Name of the run; null: the pipeline's name and the overrides that make this run differ from it."""
+    verify: Literal["full", "size"] = "full"
+    """How inputs are checked before use: by checksum, or by presence and size alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """One step of a pipeline."""
+
+    stage: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Input name -> id of an earlier step."""
+    overrides: tuple[str, ...] = ()
+    """What a person would type behind ``python -m launch <stage>``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Named steps, in order."""
+
+    about: str
+    """One line on what the pipeline does."""
+    common: tuple[str, ...] = ()
+    """Overrides of every step."""
+    steps: dict[str, StepConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The nodes of the tree that belong to the run and not to any stage."""
+
+    run: RunConfig
+    tracking: TrackingConfig
+
+
+def pipeline_names() -> list[str]:
+    """Pipelines of ``conf/pipeline/``."""
+    return sorted(file.stem for file in (CONF / "pipeline").glob("*.yaml"))
+
+
+def compose_stage(config_class: type, overrides: Sequence[str]) -> Any:
+    """The typed configuration of a stage (or any class whose fields are nodes of the tree).
+
+    Raises:
+        ValueError: unknown key or group, missing value, wrong type, or a value that its class refuses.
+    """
+    tree = _compose("config", [text for text in overrides if not text.lstrip("+").startswith(INPUT_PREFIX)])
+    return _build(config_class, tree)
+
+
+def compose_pipeline(name: str, overrides: Sequence[str]) -> PipelineConfig:
+    """The steps of pipeline ``name``. ``overrides`` may choose among the pipeline's own groups (``budget=small``)."""
+    plain = [text for text in overrides if not text.startswith(STEP_PREFIX)]
+    return _build(PipelineConfig, _compose(f"pipeline/{name}", plain))
+
+
+def step_overrides(pipeline: PipelineConfig, step: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of one step in order of precedence, last wins: common, the step's, the command line's.
+
+    ``steps.<step>.<key>=<value>`` on the command line reaches that step alone.
+    """
+    prefix = f"{STEP_PREFIX}{step}."
+    nodes = _tree_nodes()
+    general = [text for text in overrides if not text.startswith(STEP_PREFIX) and _top_level_key(text) in nodes]
+    own = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
+    # One entry per key: Hydra refuses two choices of one group.
+    ordered = [*pipeline.common, *pipeline.steps[step].overrides, *general, *own]
+    return list({text.partition("=")[0]: text for text in ordered}.values())
+
+
+def check_step_prefixes(pipeline: PipelineConfig, overrides: Sequence[str]) -> None:
+    """Refuse ``steps.<id>.`` overrides whose step does not exist."""
+    for text in overrides:
+        if text.startswith(STEP_PREFIX):
+            step = text.removeprefix(STEP_PREFIX).partition(".")[0].partition("=")[0]
+            if step not in pipeline.steps:
+                raise ValueError(
+                    f"{text}: no step {step!r}{_suggestion(step, pipeline.steps)}; steps: {', '.join(pipeline.steps)}"
+                )
+
+
+def inputs_of(overrides: Sequence[str]) -> dict[str, str]:
+    """``inputs.<name>=<path>`` overrides of a single stage, as a mapping."""
+    inputs = {}
+    for text in overrides:
+        if text.lstrip("+").startswith(INPUT_PREFIX):
+            name, _, path = text.lstrip("+").removeprefix(INPUT_PREFIX).partition("=")
+            inputs[name] = path
+    return inputs
+
+
+def run_name(target: str, overrides: Sequence[str]) -> str:
+    """A file name that is a function of what runs, never of the clock, so that a restarted job finds its state."""
+    telling = sorted(text for text in overrides if _top_level_key(text) not in ("run", "tracking", "inputs"))
+    return re.sub(r"[^\w.,=+-]+", "_", ",".join([target, *telling]))[:120].rstrip("_,")
+
+
+def multirun(target: str, overrides: Sequence[str], job: Callable[[list[str]], None]) -> None:
+    """Run ``job`` for every point of a sweep with Hydra's sweeper and launcher (``hydra/launcher=joblib`` and others).
+
+    Raises:
+        ValueError: an override is wrong; found before the first point runs.
+    """
+    config_name = f"pipeline/{target}" if target in pipeline_names() else "config"
+    first_point = [_first_choice(text) for text in overrides if not text.startswith("hydra")]
+    _compose(config_name, [text for text in first_point if not text.startswith((STEP_PREFIX, INPUT_PREFIX))])
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    def task(_: DictConfig) -> None:
+        job([text.lstrip("+") for text in HydraConfig.get().overrides.task])
+
+    import sys
+
+    added = [f"+{text}" if text.startswith((STEP_PREFIX, INPUT_PREFIX)) else text for text in overrides]
+    sys.argv = [sys.argv[0], "--multirun", *added]
+    task()
+
+
+def to_yaml(value: Mapping[str, Any]) -> str:
+    """A mapping of plain values as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(value)))
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed tree with missing values left as '???'."""
+    try:
+        with _hydra():
+            config = hydra.compose(config_name=config_name, overrides=list(overrides))
+            tree = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(_one_line(error, config_name)) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    # Inside a sweep's job Hydra is already initialised; it takes its turn and gets its state back.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+@functools.cache
+def _tree_nodes() -> frozenset[str]:
+    return frozenset(_compose("config", []))
+
+
+def _build(config_class: type, tree: Mapping[str, Any]) -> Any:
+    nodes = {f.name: tree[f.name] for f in fields(config_class) if f.name in tree}
+    missing = next(_missing_keys(nodes, ()), None)
+    if missing is not None:
+        raise ValueError(f"{missing} has no value; set {missing}=<value>")
+    try:
+        settings = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float})
+        return dacite.from_dict(config_class, nodes, settings)
+    except dacite.UnexpectedDataError as error:
+        raise ValueError(f"unknown key: {error}") from error
+    except dacite.DaciteFieldError as error:
+        raise ValueError(f"{error}") from error
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _missing_keys(value: Any, path: tuple[str, ...]) -> Iterator[str]:
+    if value == "???":
+        yield ".".join(path)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _missing_keys(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _missing_keys(item, (*path, str(index)))
+
+
+def _one_line(error: Exception, config_name: str) -> str:
+    """Hydra's complaint as one line, with the nearest key or group that exists."""
+    text = str(error)
+    key_match = re.search(r"Could not override '([^']+)'", text)
+    if key_match:
+        key = key_match.group(1)
+        return f"unknown key or group {key!r}{_suggestion(key, _known_keys(config_name))}"
+    group_match = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text)
+    if group_match:
+        group, _, option = group_match.group(1).rpartition("/")
+        options = sorted(file.stem for file in (CONF / group).glob("*.yaml")) if group else pipeline_names()
+        if options:
+            near = _suggestion(option, options)
+            return f"unknown option {option!r} of group {group!r}{near}; options are {', '.join(options)}"
+    return " ".join(text.split())
+
+
+def _known_keys(config_name: str) -> list[str]:
+    with _hydra():
+        tree = OmegaConf.to_container(hydra.compose(config_name=config_name), resolve=False)
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    return [*groups, *_paths(tree, ())]
+
+
+def _paths(value: Any, path: tuple[str, ...]) -> Iterator[str]:
+    if path:
+        yield ".".join(path)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _paths(item, (*path, str(key)))
+
+
+def _suggestion(key: str, known: Any) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _top_level_key(override: str) -> str:
+    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def _first_choice(text: str) -> str:
+    override = OverridesParser.create().parse_override(text)
+    if not override.is_sweep_override():
+        return text
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"

@@ -1,0 +1,232 @@
+"""The figures of the report, each an inline SVG. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launch.canvas import (
+    FONT_SIZE,
+    PARENT,
+    ROLES,
+    block_ticks,
+    colour_bar,
+    heat_map,
+    legend,
+    model_role,
+    new_figure,
+    series_role,
+    to_svg,
+    token_ticks,
+)
+from launch.recovery import RecoveryCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LINE_HEIGHT = 14
+"""Pixels between two labels."""
+
+LOWEST_DEPENDENCY, HIGHEST_DEPENDENCY = 2.0**-9, 2.0**-1
+"""Ends of the colour scale (FFN Fusion, fig. 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPoint:
+    """One model in the picture of quality against latency."""
+
+    name: str
+    decode_ms: float
+    """Per token."""
+    lm_loss: float
+    """Nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyBar:
+    """One stacked bar of the latency breakdown, in milliseconds."""
+
+    name: str
+    parts: Mapping[str, float]
+    whole_ms: float | None
+    """What the whole model took in stage benchmark."""
+
+
+def quality_against_latency(models: Sequence[ModelPoint]) -> str:
+    """LM loss against decode latency, in pipeline order: surgery moves left and up, training moves down."""
+    figure, axes = new_figure(width=520, height=340)
+    axes.axhline(models[0].lm_loss, color=ROLES["muted"], lw=1, ls=(0, (2, 3)))
+    arrow = {"arrowstyle": "-|>", "color": ROLES["muted"], "shrinkA": 7, "shrinkB": 7, "lw": 1.1, "alpha": 0.75}
+    for before, after in itertools.pairwise(models):
+        ends = (before.decode_ms, before.lm_loss), (after.decode_ms, after.lm_loss)
+        axes.annotate("", xytext=ends[0], xy=ends[1], arrowprops=arrow)
+    for index, model in enumerate(models):
+        axes.plot(model.decode_ms, model.lm_loss, "o", color=ROLES[model_role(index)], markersize=9)
+    axes.margins(x=0.2, y=0.2)
+    _label_points(axes, models)
+    axes.set_xlabel("decode latency, ms per token")
+    axes.set_ylabel("LM loss, nats per token")
+    return to_svg(figure, "quality against latency")
+
+
+def _label_points(axes: Axes, models: Sequence[ModelPoint]) -> None:
+    """Names beside the points, to the right in the left half and to the left in the other, none on another."""
+    centre = sum(axes.get_xlim()) / 2
+    lowest_free = {True: float("inf"), False: float("inf")}
+    for index, model in sorted(enumerate(models), key=lambda item: -item[1].lm_loss):
+        point = (model.decode_ms, model.lm_loss)
+        right = model.decode_ms <= centre
+        height = axes.transData.transform(point)[1]
+        # The parent's name stands below its point: arrows leave upwards.
+        shift = min(5.0 if index else -15.0, lowest_free[right] - height)
+        lowest_free[right] = height + shift - LINE_HEIGHT
+        axes.annotate(
+            model.name,
+            point,
+            xytext=(10 if right else -10, shift),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            color=ROLES[model_role(index)],
+            fontsize=FONT_SIZE,
+            fontweight="bold",
+        )
+
+
+def pareto_front(front: Sequence[tuple[float, float]], chosen: Sequence[tuple[float, float]], label: str) -> str:
+    """Predicted latency (fraction of the parent's) against summed score; the solutions that were kept are marked."""
+    figure, axes = new_figure(width=520, height=340)
+    line = {"lw": 1.6, "marker": "o", "markersize": 5, "label": "optimum at a budget"}
+    axes.plot(*zip(*sorted(front), strict=True), color=ROLES["series-1"], **line)
+    for rank, point in enumerate(chosen):
+        size, name = (10, "chosen") if rank == 0 else (6, "next best" if rank == 1 else None)
+        axes.plot(*point, "D", color=ROLES["series-2"], markersize=size, zorder=3, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("predicted latency, fraction of the parent's")
+    axes.set_ylabel(f"summed {label}")
+    legend(axes, loc="best")
+    return to_svg(figure, "Pareto front")
+
+
+def recovery_curves(curves: Sequence[RecoveryCurve], *, levels: Mapping[str, float], label: str, name: str) -> str:
+    """One held-out metric against training tokens, a line per step, with named horizontal levels to compare with."""
+    figure, axes = new_figure(width=520, height=320)
+    for index, curve in enumerate(curves):
+        # Colours that surgery leaves free in the table of models: child and fused come before.
+        line = {"lw": 2, "marker": "o", "markersize": 3.5, "label": curve.step}
+        axes.plot(curve.tokens, curve.values, color=ROLES[model_role(index + 3)], **line)
+    for level, value in levels.items():
+        axes.axhline(value, color=ROLES[PARENT], lw=1.3, ls=(0, (5, 3)), label=level)
+    axes.margins(y=0.12)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel(label)
+    token_ticks(axes.xaxis)
+    legend(axes, loc="best")
+    return to_svg(figure, name)
+
+
+def dependency_matrix(matrix: Sequence[Sequence[float | None]]) -> str:
+    """Dependency of block j (column) on block i (row), log scale (FFN Fusion, fig. 3); None stays empty."""
+    figure, axes = new_figure(width=520, height=440, grid=False)
+    image = heat_map(
+        axes, np.array(matrix, dtype=float), low=LOWEST_DEPENDENCY, high=HIGHEST_DEPENDENCY, aspect="equal"
+    )
+    axes.set_xlabel("measured block j")
+    axes.set_ylabel("removed block i")
+    for axis in (axes.xaxis, axes.yaxis):
+        block_ticks(axis, len(matrix))
+    ticks = {2.0**-power: f"2⁻{'⁰¹²³⁴⁵⁶⁷⁸⁹'[power]}" for power in range(9, 0, -2)}
+    colour_bar(figure, image, axes, "cosine distance", ticks)
+    return to_svg(figure, "dependency matrix")
+
+
+def direction_change(distance: Sequence[float], ratio: Sequence[float], attention_free: Sequence[bool]) -> str:
+    """How far every block turns the hidden state, and how much it adds to it (FFN Fusion, section 5.5).
+
+    Args:
+        distance: cosine distance between input and output, per block.
+        ratio: norm of what the block adds over the norm of its input, per block.
+        attention_free: blocks that stand out.
+    """
+    figure, rows = new_figure(width=520, height=440, rows=2)
+    groups = ((False, "series-1", "with attention"), (True, "series-2", "attention-free"))
+    for axes, values, label in zip(rows, (distance, ratio), ("cosine distance", "ratio of norms"), strict=True):
+        axes.plot(range(len(values)), values, color=ROLES["series-1"], lw=1.4)
+        for is_free, role, name in groups:
+            blocks = [block for block, free in enumerate(attention_free) if free == is_free]
+            style = {"color": ROLES[role], "markersize": 5, "label": name, "zorder": 3}
+            axes.plot(blocks, [values[block] for block in blocks], "o", **style)
+        # The first block turns the embedding round and would flatten all others on a linear scale.
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylabel(label)
+        block_ticks(axes.xaxis, len(values))
+    rows[1].set_xlabel("block")
+    legend(rows[0], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return to_svg(figure, "direction change")
+
+
+def latency_breakdown(panels: Mapping[str, Sequence[LatencyBar]]) -> str:
+    """Stacked bars of milliseconds, one panel per title."""
+    num_bars = max(len(bars) for bars in panels.values())
+    figure, columns = new_figure(width=1080, height=110 + 34 * num_bars, columns=len(panels))
+    for axes, (title, bars) in zip(columns, panels.items(), strict=True):
+        _stacked_bars(axes, bars)
+        axes.set_title(title, loc="left", color=ROLES["ink"], fontsize=12.5)
+    handles, labels = columns[0].get_legend_handles_labels()
+    legend(figure, handles, labels, loc="outside upper right", ncols=len(labels))
+    return to_svg(figure, "latency breakdown")
+
+
+def _stacked_bars(axes: Axes, bars: Sequence[LatencyBar]) -> None:
+    rows = range(len(bars))
+    left = [0.0] * len(bars)
+    for index, part in enumerate(bars[0].parts):
+        widths = [bar.parts[part] for bar in bars]
+        axes.barh(rows, widths, left=left, height=0.62, color=ROLES[series_role(index)], label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = [(bar.whole_ms, row) for row, bar in zip(rows, bars, strict=True) if bar.whole_ms is not None]
+    if whole:
+        milliseconds, marked = zip(*whole, strict=True)
+        axes.plot(milliseconds, marked, "|", color=ROLES["ink"], markersize=20, mew=2, label="whole model, benchmarked")
+    ends = [max(total, bar.whole_ms or 0.0) for total, bar in zip(left, bars, strict=True)]
+    for row, bar, total, end in zip(rows, bars, left, ends, strict=True):
+        text = f"{total:#.3g}" + (f", whole {bar.whole_ms:#.3g}" if bar.whole_ms is not None else "")
+        label = axes.annotate(text, (end, row), xytext=(7, 0), textcoords="offset points", va="center")
+        label.set(color=ROLES["ink"], fontsize=FONT_SIZE)
+    axes.set_xlim(0, max(ends) * 1.4)
+    axes.set_yticks(rows, [bar.name for bar in bars])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("ms")
+
+
+def score_heat_map(
+    variants: Sequence[str], scores: Sequence[Sequence[float | None]], chosen: Sequence[str], label: str
+) -> str:
+    """Replace-1-block score of every variant (row) at every block (column); a ring marks what the search chose.
+
+    Args:
+        variants: row names.
+        scores: ``[len(variants)][num_blocks]``, on a log scale that shows 0 and below (the parent's own variant) in its
+            lowest colour; None where the space has no such variant.
+        chosen: the chosen variant of every block; empty without a search.
+        label: of the scale.
+    """
+    values = np.array(scores, dtype=float)
+    positive = values[values > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1e-6, 1.0)
+    values[values <= 0] = low
+    row_height = max(16, min(26, 520 // len(variants)))
+    figure, axes = new_figure(width=1080, height=90 + row_height * len(variants), grid=False)
+    image = heat_map(axes, values, low=low, high=max(high, 1.01 * low), aspect="auto")
+    for block, variant in enumerate(chosen):
+        for colour, width in (("black", 3.6), ("white", 1.8)):
+            axes.plot(block, variants.index(variant), "o", mfc="none", mec=colour, mew=width, markersize=8)
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set_xlabel("block")
+    block_ticks(axes.xaxis, values.shape[1])
+    colour_bar(figure, image, axes, label)
+    return to_svg(figure, "replace-1-block scores")

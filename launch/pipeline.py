@@ -1,0 +1,210 @@
+"""Steps to artifacts: plan them, skip what is committed, compute the rest, say what changed. Torch-free.
+
+Fingerprints follow from configurations and inputs alone, so the whole plan is known, and every configuration is
+checked, before the first step runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launch.artifact import Artifact, Manifest, Recipe, fingerprinted_config
+from launch.config import (
+    PipelineConfig,
+    StepConfig,
+    check_step_prefixes,
+    compose_stage,
+    step_overrides,
+)
+from launch.registry import STAGES, Stage
+from launch.rundir import RunDirectory
+from launch.stage import StageContext
+from launch.store import Job, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """One step with its typed configuration and its fingerprint."""
+
+    name: str
+    stage: Stage
+    recipe: Recipe
+    config: Any
+    inputs: Mapping[str, str]
+    """Input name -> step name."""
+
+
+def plan(pipeline: PipelineConfig, overrides: Sequence[str]) -> list[PlannedStep]:
+    """Typed configuration and fingerprint of every step, in order. Computes nothing.
+
+    Raises:
+        ValueError: a stage, an input or a configuration is wrong; names the step.
+    """
+    check_step_prefixes(pipeline, overrides)
+    planned: dict[str, PlannedStep] = {}
+    for name, step in pipeline.steps.items():
+        try:
+            planned[name] = _plan_step(name, step, step_overrides(pipeline, name, overrides), planned)
+        except ValueError as error:
+            raise ValueError(f"step {name}: {error}") from error
+    return list(planned.values())
+
+
+def _plan_step(
+    name: str, step: StepConfig, overrides: Sequence[str], earlier: Mapping[str, PlannedStep]
+) -> PlannedStep:
+    if step.stage not in STAGES:
+        raise ValueError(f"unknown stage {step.stage!r}; stages are {', '.join(STAGES)}")
+    stage = STAGES[step.stage]
+    for source in step.inputs.values():
+        if source not in earlier:
+            raise ValueError(
+                f"input {source!r} is not an earlier step; earlier steps are {', '.join(earlier) or 'none'}"
+            )
+    check_inputs(stage, {key: earlier[source].stage.output for key, source in step.inputs.items()})
+    config = compose_stage(stage.config, overrides)
+    fingerprints = {key: earlier[source].recipe.fingerprint for key, source in step.inputs.items()}
+    recipe = make_recipe(step.stage, config, fingerprints)
+    return PlannedStep(name=name, stage=stage, recipe=recipe, config=config, inputs=step.inputs)
+
+
+def make_recipe(stage_name: str, config: Any, input_fingerprints: Mapping[str, str]) -> Recipe:
+    """What the stage's output will depend on."""
+    stage = STAGES[stage_name]
+    externals = stage.load_externals()
+    return Recipe(
+        stage=stage_name,
+        stage_version=stage.version,
+        config=fingerprinted_config(config),
+        externals=externals(config) if externals else {},
+        inputs=dict(input_fingerprints),
+    )
+
+
+def check_inputs(stage: Stage, kinds: Mapping[str, str]) -> None:
+    """Compare the inputs given (name -> kind) with those the stage takes.
+
+    Raises:
+        ValueError: an input is missing, unknown, or of another kind.
+    """
+    for name in stage.inputs:
+        if name not in kinds:
+            raise ValueError(f"input {name!r} of kind {stage.inputs[name]} is missing; give inputs.{name}=<artifact>")
+    for name, kind in kinds.items():
+        wanted = {**stage.inputs, **stage.optional_inputs}.get(name, stage.further_inputs)
+        if wanted is None:
+            raise ValueError(
+                f"input {name!r} is not taken; inputs are {', '.join([*stage.inputs, *stage.optional_inputs])}"
+            )
+        if kind != wanted:
+            raise ValueError(f"input {name!r} must be of kind {wanted}, the artifact given is of kind {kind}")
+
+
+def run_steps(
+    steps: Sequence[PlannedStep],
+    *,
+    store: Store,
+    run: RunDirectory,
+    context: StageContext,
+    listener: Listener,
+) -> dict[str, Artifact]:
+    """Compute what is not committed yet and link every step's artifact into the run directory.
+
+    Args:
+        context: template whose ``out``, ``resume`` and ``step_name`` are set for every step.
+
+    Returns:
+        Artifacts by step name, in order.
+    """
+    artifacts: dict[str, Artifact] = {}
+    for step in steps:
+        change = describe_change(run.linked(step.name), step.recipe)
+        listener.started(step.name, step.recipe.stage, change)
+        inputs = {name: artifacts[source] for name, source in step.inputs.items()}
+        try:
+            job = make_job(step.recipe, step.config, inputs, context=replace(context, step_name=step.name))
+            artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
+        except ValueError as error:
+            raise type(error)(f"step {step.name}: {error}") from error
+        run.link(step.name, artifact)
+        artifacts[step.name] = artifact
+        listener.finished(step.name, artifact, cached)
+    run.write_steps({name: artifact.manifest.fingerprint for name, artifact in artifacts.items()})
+    return artifacts
+
+
+def make_job(recipe: Recipe, config: Any, inputs: Mapping[str, Artifact], *, context: StageContext) -> Job:
+    """A stage bound to its configuration and inputs. ``context`` is a template for the places of the output."""
+    stage = STAGES[recipe.stage]
+
+    def body(own: StageContext) -> Any:
+        # The body is imported here, not before: a skipped step costs no import of torch.
+        return stage.load_body()(config, inputs, own)
+
+    def place(out: Path, resume: Path) -> StageContext:
+        return replace(context, out=out, resume=resume)
+
+    return Job(
+        recipe=recipe,
+        kind=stage.output,
+        inputs=inputs,
+        body=body,
+        context=place,
+        seed=getattr(config, "seed", None),
+    )
+
+
+def describe_change(before: Artifact | None, recipe: Recipe) -> str | None:
+    """Why a step of the same name will not be the artifact it was in the run before; None if nothing changed."""
+    if before is None or before.manifest.fingerprint == recipe.fingerprint:
+        return None
+    differences = list(_differences(before.manifest, recipe))
+    shown = "; ".join(differences[:3])
+    return shown + (f" (+{len(differences) - 3} more)" if len(differences) > 3 else "")
+
+
+def _differences(before: Manifest, recipe: Recipe) -> list[str]:
+    old, new = before.recipe, recipe
+    if old.stage != new.stage:
+        return [f"stage {old.stage} -> {new.stage}"]
+    found = (
+        [] if old.stage_version == new.stage_version else [f"code version {old.stage_version} -> {new.stage_version}"]
+    )
+    old_values, new_values = _flatten({**old.config, **old.externals}), _flatten({**new.config, **new.externals})
+    for key in sorted({*old_values, *new_values}):
+        if old_values.get(key) != new_values.get(key):
+            found.append(f"{key} {_short(old_values.get(key))} -> {_short(new_values.get(key))}")
+    found += [
+        f"input {name} changed"
+        for name in sorted({*old.inputs, *new.inputs})
+        if old.inputs.get(name) != new.inputs.get(name)
+    ]
+    return found
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {path: value}
+    pairs = (_flatten(item, f"{path}.{key}" if path else str(key)) for key, item in value.items())
+    return functools.reduce(lambda left, right: {**left, **right}, pairs, {})
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who is told how a run goes."""
+
+    started: Callable[[str, str, str | None], None]
+    """step, stage, what changed since the run before."""
+    waiting: Callable[[str], None]
+    """message."""
+    finished: Callable[[str, Artifact, bool], None]
+    """step, artifact, whether it was there already."""

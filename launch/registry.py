@@ -1,0 +1,304 @@
+"""Every stage: its configuration, its body, what it takes and what it gives. Torch-free; bodies import lazily.
+
+A stage's configuration class names the nodes of the configuration tree (``conf/config.yaml``) that it reads. Those
+nodes, the inputs' fingerprints, the stage's version and its externals make up the fingerprint of its artifact.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.config import (
+    DataConfig,
+    EngineConfig,
+    EvaluateConfig,
+    ExtendContextConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from fusion.config import DependencyConfig, FuseConfig
+from launch.stage import StageBody
+from puzzle.config import (
+    BenchmarkConfig,
+    CostConfig,
+    ExportConfig,
+    LibraryConfig,
+    ModelConfig,
+    PretrainConfig,
+    PruneAttentionConfig,
+    ScoreConfig,
+    SearchConfig,
+    SpaceConfig,
+    WorkloadConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportParentStage:
+    """Configuration of stage import_parent."""
+
+    model: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareDataStage:
+    """Configuration of stage prepare_data."""
+
+    data: DataConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainStage:
+    """Configuration of stage pretrain."""
+
+    pretrain: PretrainConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLibraryStage:
+    """Configuration of stage build_library."""
+
+    space: SpaceConfig
+    library: LibraryConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreLibraryStage:
+    """Configuration of stage score_library."""
+
+    space: SpaceConfig
+    scores: ScoreConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureCostsStage:
+    """Configuration of stage measure_costs."""
+
+    space: SpaceConfig
+    workload: WorkloadConfig
+    costs: CostConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStage:
+    """Configuration of stage search."""
+
+    search: SearchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleStage:
+    """Configuration of stage assemble: its inputs say everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneAttentionStage:
+    """Configuration of stage prune_attention."""
+
+    prune_attention: PruneAttentionConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureDependencyStage:
+    """Configuration of stage measure_dependency."""
+
+    dependency: DependencyConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseStage:
+    """Configuration of stage fuse."""
+
+    fuse: FuseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage:
+    """Configuration of stage distill."""
+
+    distill: TrainConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendContextStage:
+    """Configuration of stage extend_context."""
+
+    extend_context: ExtendContextConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage:
+    """Configuration of stage evaluate."""
+
+    evaluate: EvaluateConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkStage:
+    """Configuration of stage benchmark."""
+
+    benchmark: BenchmarkConfig
+    workload: WorkloadConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportStage:
+    """Configuration of stage export."""
+
+    export: ExportConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the registry."""
+
+    config: type
+    body: str
+    """``module:function`` of the body, imported when the stage runs."""
+    inputs: Mapping[str, str]
+    """Required inputs: name -> artifact kind."""
+    optional_inputs: Mapping[str, str] = field(default_factory=dict)
+    further_inputs: str | None = None
+    """Kind of any further inputs, under names of the user's choice (the models that evaluate compares)."""
+    output: str
+    version: int = 1
+    """Raise it when the code's output changes for equal inputs; older artifacts then no longer match."""
+    externals: str | None = None
+    """``module:function`` that maps the configuration to facts outside of it that the output depends on: the content
+    of a source directory, the name of the hardware."""
+
+    def load_body(self) -> StageBody:
+        """Import the body."""
+        return _load(self.body)
+
+    def load_externals(self) -> Callable[[Any], dict[str, Any]] | None:
+        """Import the function behind ``externals``, if there is one."""
+        return _load(self.externals) if self.externals else None
+
+
+def _load(reference: str) -> Any:
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+STAGES: dict[str, Stage] = {
+    "import_parent": Stage(
+        config=ImportParentStage,
+        body="launch.stages.import_parent:run",
+        inputs={},
+        output="model",
+        externals="launch.externals:model_source",
+    ),
+    "prepare_data": Stage(
+        config=PrepareDataStage,
+        body="launch.stages.prepare_data:run",
+        inputs={},
+        optional_inputs={"parent": "model"},
+        output="data",
+        externals="launch.externals:text_sources",
+    ),
+    "pretrain": Stage(config=PretrainStage, body="launch.stages.pretrain:run", inputs={"data": "data"}, output="model"),
+    "build_library": Stage(
+        config=BuildLibraryStage,
+        body="launch.stages.build_library:run",
+        inputs={"parent": "model", "data": "data"},
+        output="library",
+    ),
+    "score_library": Stage(
+        config=ScoreLibraryStage,
+        body="launch.stages.score_library:run",
+        inputs={"parent": "model", "library": "library", "data": "data"},
+        output="scores",
+    ),
+    "measure_costs": Stage(
+        config=MeasureCostsStage,
+        body="launch.stages.measure_costs:run",
+        inputs={"parent": "model"},
+        output="costs",
+        externals="launch.externals:hardware",
+    ),
+    "search": Stage(
+        config=SearchStage,
+        body="launch.stages.search:run",
+        inputs={"scores": "scores", "costs": "costs"},
+        output="solution",
+    ),
+    "assemble": Stage(
+        config=AssembleStage,
+        body="launch.stages.assemble:run",
+        inputs={"parent": "model", "library": "library", "solution": "solution"},
+        output="model",
+    ),
+    "prune_attention": Stage(
+        config=PruneAttentionStage,
+        body="launch.stages.prune_attention:run",
+        inputs={"model": "model", "data": "data"},
+        output="model",
+    ),
+    "measure_dependency": Stage(
+        config=MeasureDependencyStage,
+        body="launch.stages.measure_dependency:run",
+        inputs={"model": "model", "data": "data"},
+        output="dependency",
+    ),
+    "fuse": Stage(
+        config=FuseStage,
+        body="launch.stages.fuse:run",
+        inputs={"model": "model"},
+        optional_inputs={"dependency": "dependency"},
+        output="model",
+    ),
+    "distill": Stage(
+        config=DistillStage,
+        body="launch.stages.distill:run",
+        inputs={"student": "model", "teacher": "model", "data": "data"},
+        output="model",
+    ),
+    "extend_context": Stage(
+        config=ExtendContextStage,
+        body="launch.stages.extend_context:run",
+        inputs={"student": "model", "data": "data"},
+        optional_inputs={"teacher": "model"},
+        output="model",
+    ),
+    "evaluate": Stage(
+        config=EvaluateStage,
+        body="launch.stages.evaluate:run",
+        inputs={"parent": "model", "data": "data"},
+        further_inputs="model",
+        output="report",
+    ),
+    "benchmark": Stage(
+        config=BenchmarkStage,
+        body="launch.stages.benchmark:run",
+        inputs={"parent": "model"},
+        further_inputs="model",
+        output="report",
+        externals="launch.externals:hardware",
+    ),
+    "export": Stage(config=ExportStage, body="launch.stages.export:run", inputs={"model": "model"}, output="export"),
+}

@@ -1,0 +1,95 @@
+"""Every file and directory name of a run, in one place. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from launch.artifact import Artifact
+from launch.store import make_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """``<root>/<name>``: links to the artifacts of one run, its configuration and its report."""
+
+    root: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The run's own directory."""
+        return self.root / self.name
+
+    @property
+    def store(self) -> Path:
+        """Artifacts of all runs under the same root."""
+        return self.root / "store"
+
+    @property
+    def config_file(self) -> Path:
+        """What ran, resolved."""
+        return self.path / "config.yaml"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory and hold it for this process.
+
+        Raises:
+            ValueError: another process runs under the same name.
+        """
+        make_directory(self.path)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(
+                f"a run named {self.name!r} is going on in {self.path}; wait for it, or give this one another name "
+                "with run.name=<name>"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def link(self, step: str, artifact: Artifact) -> None:
+        """Point ``<run>/<step>`` at the artifact, atomically, so that a reader never finds it missing."""
+        link, temporary = self.path / step, self.path / f".{step}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(artifact.path, self.path))
+        temporary.rename(link)
+
+    def linked(self, step: str) -> Artifact | None:
+        """What ``<run>/<step>`` pointed at when this run's name was last used."""
+        try:
+            return Artifact.load((self.path / step).resolve())
+        except ValueError:
+            # Removed or damaged since: the step that needs it will say so.
+            return None
+
+    def write_steps(self, steps: Mapping[str, str]) -> None:
+        """Record the steps' order, so that a report can be made again from the directory alone."""
+        temporary = self.path / ".steps.json.tmp"
+        temporary.write_text(json.dumps(dict(steps), indent=1))
+        temporary.rename(self.path / "steps.json")
+
+    def read_steps(self) -> dict[str, Artifact]:
+        """Artifacts by step, in order.
+
+        Raises:
+            ValueError: the directory is not a run, or the run has not finished.
+        """
+        file = self.path / "steps.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{self.path} is not a finished run: it has no steps.json; name a directory under run.root"
+            )
+        steps: dict[str, Any] = json.loads(file.read_text())
+        return {step: Artifact.load((self.path / step).resolve()) for step in steps}

@@ -1,0 +1,1 @@
+"""Stage bodies: thin functions from typed configuration and input artifacts to an output directory."""

@@ -1,0 +1,59 @@
+"""Stage import_parent: a pretrained checkpoint becomes a model artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distill.config import require
+from launch.externals import hub_snapshot, local_model
+from launch.registry import ImportParentStage
+from launch.stage import Inputs, StageContext, StageResult
+from puzzle.config import ModelConfig
+from puzzle.model import stats
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import TOKENIZER_FILES, has_tokenizer
+from puzzle.model.convert import import_hf
+
+HUB_FILES = ["model*.safetensors*", "*.json", *TOKENIZER_FILES]
+"""Beside these, hubs keep the same weights in other formats and pickles that are never read."""
+
+
+def run(config: ImportParentStage, inputs: Inputs, context: StageContext) -> StageResult:
+    """Fetch the checkpoint if it is on the hub, and write it in the nemotron-nas format."""
+    architecture = _import(_checkpoint(config.model), context.out, getattr(torch, config.model.dtype))
+    num_params = stats.num_params(architecture)
+    widths = sorted({block.ffn.name for block in architecture.blocks})
+    return StageResult(
+        headline=f"{num_params / 1e6:,.1f}M parameters, {architecture.num_blocks} blocks, family {architecture.family}",
+        metrics={"num_params": num_params, "num_blocks": architecture.num_blocks, "ffn": widths},
+    )
+
+
+def _checkpoint(model: ModelConfig) -> Path:
+    path = local_model(model)
+    if path is not None:
+        return path
+    assert model.source is not None
+    return hub_snapshot(model.source, model.revision, allow_patterns=HUB_FILES)
+
+
+def _import(source: Path, out: Path, dtype: torch.dtype) -> Architecture:
+    if source.is_file():
+        return _import_gguf(source, out, dtype)
+    require(
+        not (source / "config.json").is_file() or has_tokenizer(source),
+        f"model.source={source} has no tokenizer.json or tokenizer.model; put the model's tokenizer beside its weights",
+    )
+    return import_hf(source, out, dtype=dtype)
+
+
+def _import_gguf(source: Path, out: Path, dtype: torch.dtype) -> Architecture:
+    try:
+        from puzzle.model.gguf import import_gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model.source={source} is a GGUF file, which needs package {error.name}; run `pip install .[gguf]`"
+        ) from error
+    return import_gguf(source, out, dtype=dtype)

@@ -1,0 +1,1 @@
+"""The Puzzle search: block library, scores, costs, search, assembly."""

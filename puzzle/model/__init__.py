@@ -1,0 +1,1 @@
+"""The heterogeneous decoder: architecture as data, module, checkpoint format."""

@@ -1,0 +1,168 @@
+"""The architecture of a heterogeneous decoder as data.
+
+Torch-free. An :class:`Architecture` is what every other module plans with: it is read from and written to the
+``config.json`` of a nemotron-nas checkpoint, and :mod:`puzzle.model.stats` answers parameters, FLOPs and bytes from it
+before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from distill.config import RopeConfig, require
+
+FFN_DIM_MULTIPLE = 256
+"""Widths that the nemotron-nas format can express and that matrix units like, in channels."""
+
+
+def round_up_ffn_dim(width: float) -> int:
+    """Smallest FFN width of the format that holds ``width`` channels."""
+    return max(FFN_DIM_MULTIPLE, -(-int(-(-width // 1)) // FFN_DIM_MULTIPLE) * FFN_DIM_MULTIPLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The attention subblock of one block: grouped-query with ``num_kv_heads``, one linear layer, or nothing."""
+
+    kind: Literal["gqa", "linear", "no_op"] = "gqa"
+    num_kv_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            (self.kind == "gqa") == (self.num_kv_heads is not None),
+            f"attention of kind {self.kind} with num_kv_heads={self.num_kv_heads}: gqa alone has a count",
+        )
+
+    @property
+    def is_no_op(self) -> bool:
+        """Whether nothing stands here."""
+        return self.kind == "no_op"
+
+    @property
+    def name(self) -> str:
+        """Short name in tables: ``kv8``, ``linear``, ``no_op``."""
+        return f"kv{self.num_kv_heads}" if self.kind == "gqa" else self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNConfig:
+    """The FFN subblock of one block: SwiGLU with ``ffn_dim`` channels, one linear layer, or nothing."""
+
+    kind: Literal["swiglu", "linear", "no_op"] = "swiglu"
+    ffn_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            (self.kind == "swiglu") == (self.ffn_dim is not None),
+            f"FFN of kind {self.kind} with ffn_dim={self.ffn_dim}: swiglu needs a width, the others have none",
+        )
+        require(
+            self.ffn_dim is None or (self.ffn_dim > 0 and self.ffn_dim % FFN_DIM_MULTIPLE == 0),
+            f"ffn_dim={self.ffn_dim} is not a multiple of {FFN_DIM_MULTIPLE}; the format cannot express it",
+        )
+
+    @property
+    def is_no_op(self) -> bool:
+        """Whether nothing stands here."""
+        return self.kind == "no_op"
+
+    @property
+    def name(self) -> str:
+        """Short name used in tables: ``w14336``, ``linear``, ``no_op``."""
+        return f"w{self.ffn_dim}" if self.kind == "swiglu" else self.kind
+
+
+NO_ATTENTION = AttentionConfig(kind="no_op")
+NO_FFN = FFNConfig(kind="no_op")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One block: attention, then FFN, each with its own norm and residual."""
+
+    attention: AttentionConfig
+    ffn: FFNConfig
+    parent_block_indices: tuple[int, ...]
+    """Blocks of the parent that this block stands for; more than one after fusion."""
+
+    @property
+    def is_attention_free(self) -> bool:
+        """True where only a SwiGLU FFN is left: the material of FFN Fusion."""
+        return self.attention.is_no_op and self.ffn.kind == "swiglu"
+
+    @property
+    def name(self) -> str:
+        """``<attention>+<ffn>``, for example ``kv8+w14336`` or ``no_op+w7168``."""
+        return f"{self.attention.name}+{self.ffn.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A whole decoder. Dimensions are in channels, positions in tokens."""
+
+    vocab_size: int
+    hidden_dim: int
+    num_heads: int
+    head_dim: int
+    blocks: tuple[BlockConfig, ...]
+    max_positions: int
+    rope: RopeConfig
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    """Tokens that attention looks back, in every block; null: all of them."""
+    family: str = "llama"
+    """Row of puzzle.model.families that the weights came from."""
+    source_ffn_dim: int | None = None
+    """The parent's own FFN width where it was zero-padded to the format's multiple."""
+    token_ids: dict[str, int | list[int] | None] = field(default_factory=dict)
+    """bos_token_id, eos_token_id, pad_token_id."""
+
+    def __post_init__(self) -> None:
+        require(len(self.blocks) > 0, "an architecture needs at least one block")
+        for index, block in enumerate(self.blocks):
+            heads = block.attention.num_kv_heads
+            require(
+                heads is None or (0 < heads <= self.num_heads and self.num_heads % heads == 0),
+                f"block {index}: num_kv_heads={heads} must divide num_heads={self.num_heads}",
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, dummies included."""
+        return len(self.blocks)
+
+    def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> Architecture:
+        """The same decoder with other blocks."""
+        return replace(self, blocks=blocks)
+
+    def with_block(self, index: int, block: BlockConfig) -> Architecture:
+        """The same decoder with another block at ``index``."""
+        return self.with_blocks((*self.blocks[:index], block, *self.blocks[index + 1 :]))
+
+    def attention_free_runs(self) -> Iterator[tuple[int, int]]:
+        """First and last index of every maximal run of attention-free blocks, in order."""
+        start: int | None = None
+        for index in range(self.num_blocks + 1):
+            free = index < self.num_blocks and self.blocks[index].is_attention_free
+            if free and start is None:
+                start = index
+            elif not free and start is not None:
+                yield start, index - 1
+                start = None
+
+
+def dense_blocks(num_blocks: int, num_kv_heads: int, ffn_dim: int) -> tuple[BlockConfig, ...]:
+    """The blocks of a homogeneous parent."""
+    return tuple(
+        BlockConfig(
+            attention=AttentionConfig(num_kv_heads=num_kv_heads),
+            ffn=FFNConfig(ffn_dim=ffn_dim),
+            parent_block_indices=(index,),
+        )
+        for index in range(num_blocks)
+    )

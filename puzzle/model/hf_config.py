@@ -1,0 +1,229 @@
+"""Architecture <-> ``config.json`` of a nemotron-nas checkpoint. Torch-free.
+
+The file is written by hand in the legacy spelling (``rope_theta``, ``rope_scaling``, ``torch_dtype``): transformers 5
+would write ``rope_parameters``, which engines that read the JSON themselves ignore, silently falling back to another
+base frequency. Keys beyond the format stand there only where they are not at their default, so that a Llama-shaped
+model has exactly the keys that NVIDIA's own checkpoints have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill.config import RopeConfig, require
+from puzzle.model.architecture import (
+    FFN_DIM_MULTIPLE,
+    NO_ATTENTION,
+    NO_FFN,
+    Architecture,
+    AttentionConfig,
+    BlockConfig,
+    FFNConfig,
+)
+
+MODEL_TYPE = "nemotron-nas"
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROPE_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+"""Field of RopeConfig -> key of ``rope_scaling``."""
+
+
+def ffn_mult(ffn_dim: int, hidden_dim: int) -> float:
+    """The number that stands for a width of ``ffn_dim`` channels; always a float, six decimals."""
+    return round(3 * ffn_dim / (2 * hidden_dim), 6)
+
+
+def ffn_dim(mult: float, hidden_dim: int) -> int:
+    """The width that every reader of the format derives from ``mult``, in channels."""
+    return -(-int(2 * mult * hidden_dim / 3) // FFN_DIM_MULTIPLE) * FFN_DIM_MULTIPLE
+
+
+def hf_config(architecture: Architecture, dtype_name: str) -> dict[str, Any]:
+    """``config.json`` of ``architecture`` whose weights are stored as ``dtype_name``, for example ``bfloat16``."""
+    a = architecture
+    config: dict[str, Any] = {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": "configuration_decilm.DeciLMConfig",
+            "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+        },
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_dim,
+        "num_hidden_layers": a.num_blocks,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_positions,
+        "rope_theta": float(a.rope.theta),
+        "rope_scaling": _rope_scaling(a.rope),
+        "rms_norm_eps": a.norm_eps,
+        "initializer_range": 0.02,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": a.tie_embeddings,
+        "torch_dtype": dtype_name,
+        "use_cache": True,
+        **{key: a.token_ids[key] for key in TOKEN_ID_KEYS if key in a.token_ids},
+        "block_configs": [_block_entry(a, block) for block in a.blocks],
+    }
+    return config | _extensions(a)
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    values = {key: getattr(rope, name) for name, key in ROPE_KEYS.items() if getattr(rope, name) is not None}
+    return {**values, "rope_type": rope.kind}
+
+
+def _block_entry(architecture: Architecture, block: BlockConfig) -> dict[str, Any]:
+    attention, ffn = block.attention, block.ffn
+    return {
+        "attention": {
+            "n_heads_in_group": architecture.num_heads // attention.num_kv_heads if attention.num_kv_heads else None,
+            "no_op": attention.is_no_op,
+            "num_sink_tokens": None,
+            "replace_with_linear": attention.kind == "linear",
+            "sparsify": None,
+            "unshifted_sink": False,
+            "use_prefill_window_in_sink_attention": False,
+            "window_length": None,
+        },
+        "ffn": {
+            "ffn_mult": ffn_mult(ffn.ffn_dim, architecture.hidden_dim) if ffn.ffn_dim else None,
+            "no_op": ffn.is_no_op,
+            "replace_with_linear": ffn.kind == "linear",
+            "sparsify": None,
+        },
+    }
+
+
+def _extensions(architecture: Architecture) -> dict[str, Any]:
+    """The keys that the format does not have, where they are not at their default."""
+    a = architecture
+    parents = [list(block.parent_block_indices) for block in a.blocks]
+    keys_and_defaults = {
+        "head_dim": (a.head_dim, a.hidden_dim // a.num_heads),
+        "qkv_bias": (a.qkv_bias, False),
+        "qk_norm": (a.qk_norm, False),
+        "sliding_window": (a.sliding_window, None),
+        "model_family": (a.family, "llama"),
+        "source_ffn_dim": (a.source_ffn_dim, None),
+        "parent_block_indices": (parents, [[index] for index in range(a.num_blocks)]),
+    }
+    return {key: value for key, (value, default) in keys_and_defaults.items() if value != default}
+
+
+def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that ``config.json`` of a nemotron-nas checkpoint describes, ours or a third party's.
+
+    Raises:
+        ValueError: not a nemotron-nas configuration, a key is missing, or it asks for something that this model has not
+            (sink attention, biases, another activation, a newer dialect's FFN).
+    """
+    model_type = config.get("model_type")
+    require(model_type == MODEL_TYPE, f"config.json: model_type is {model_type!r}, expected {MODEL_TYPE!r}")
+    try:
+        return _read(config)
+    except KeyError as error:
+        raise ValueError(f"config.json of a {MODEL_TYPE} model lacks the key {error}") from error
+
+
+def _read(config: Mapping[str, Any]) -> Architecture:
+    _require_neutral(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, "config.json")
+    hidden_dim, num_heads = config["hidden_size"], config["num_attention_heads"]
+    entries = config["block_configs"]
+    require(
+        config["num_hidden_layers"] == len(entries),
+        f"config.json: num_hidden_layers={config['num_hidden_layers']} differs from {len(entries)} block_configs",
+    )
+    parents = config.get("parent_block_indices") or [[index] for index in range(len(entries))]
+    require(
+        len(parents) == len(entries),
+        f"config.json: {len(parents)} parent_block_indices differ from {len(entries)} block_configs",
+    )
+    return Architecture(
+        vocab_size=config["vocab_size"],
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        head_dim=config.get("head_dim") or hidden_dim // num_heads,
+        blocks=tuple(
+            BlockConfig(
+                attention=_attention(entry["attention"], num_heads, f"config.json: block {index}: attention"),
+                ffn=_ffn(entry["ffn"], hidden_dim, f"config.json: block {index}: ffn"),
+                parent_block_indices=tuple(parents[index]),
+            )
+            for index, entry in enumerate(entries)
+        ),
+        max_positions=config["max_position_embeddings"],
+        rope=rope_from_config(config),
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        qkv_bias=config.get("qkv_bias", False),
+        qk_norm=config.get("qk_norm", False),
+        sliding_window=config.get("sliding_window"),
+        family=config.get("model_family", "llama"),
+        source_ffn_dim=config.get("source_ffn_dim"),
+        token_ids={key: config[key] for key in TOKEN_ID_KEYS if key in config},
+    )
+
+
+def _require_neutral(values: Mapping[str, Any], neutral: Mapping[str, Any], where: str) -> None:
+    """Every key of ``neutral`` that ``values`` has must be null or as given there: anything else is not supported."""
+    for key, expected in neutral.items():
+        value = values.get(key)
+        require(value is None or value == expected, f"{where}: {key}={value!r} is not supported, only {expected!r}")
+
+
+def _attention(entry: Mapping[str, Any], num_heads: int, where: str) -> AttentionConfig:
+    neutral = {"num_sink_tokens": None, "sparsify": None, "unshifted_sink": False, "window_length": None, "mamba": None}
+    _require_neutral(entry, neutral | {"use_prefill_window_in_sink_attention": False}, where)
+    if entry.get("no_op"):
+        return NO_ATTENTION
+    if entry.get("replace_with_linear"):
+        return AttentionConfig(kind="linear")
+    group = entry["n_heads_in_group"]
+    require(
+        isinstance(group, int) and group > 0 and num_heads % group == 0,
+        f"{where}: n_heads_in_group={group} must divide num_attention_heads={num_heads}",
+    )
+    return AttentionConfig(num_kv_heads=num_heads // group)
+
+
+def _ffn(entry: Mapping[str, Any], hidden_dim: int, where: str) -> FFNConfig:
+    _require_neutral(entry, {"sparsify": None, "moe": None, "gated": True, "hidden_act": "silu"}, where)
+    if entry.get("no_op"):
+        return NO_FFN
+    if entry.get("replace_with_linear"):
+        return FFNConfig(kind="linear")
+    mult = entry["ffn_mult"]
+    require(isinstance(mult, int | float) and mult > 0, f"{where}: ffn_mult={mult} must be a number > 0")
+    return FFNConfig(ffn_dim=ffn_dim(mult, hidden_dim))
+
+
+def rope_from_config(config: Mapping[str, Any]) -> RopeConfig:
+    """Rotary settings of any Hugging Face ``config.json``, in the legacy spelling or in that of transformers 5.
+
+    Raises:
+        ValueError: a scaling rule or a parameter of it that RopeConfig has no field for.
+    """
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    supported = ("default", "linear", "llama3", "yarn")
+    require(kind in supported, f"config.json: rope_type={kind!r} is not supported, only {', '.join(supported)}")
+    values = {name: scaling.pop(key, None) for name, key in ROPE_KEYS.items()}
+    further = {key: value for key, value in scaling.items() if value is not None}
+    known = ", ".join(ROPE_KEYS.values())
+    require(not further, f"config.json: rope scaling with {further} is not supported, only with {known}")
+    return RopeConfig(theta=theta, kind=kind, **(values if kind != "default" else {}))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from distill.config import SourceConfig
+from distill.data.sources import (
+    documents,
+    interleave,
+    shuffled,
+    split_documents,
+    starts_definition,
+    stdlib_files,
+    text_files,
+)
+
+
+def _text(path: Path, **settings: str) -> list[str]:
+    return sorted(documents(SourceConfig(kind="text", path=str(path), **settings), seed=0))
+
+
+def test_stdlib_files_are_library_sources_without_tests() -> None:
+    files = stdlib_files()
+    names = {file.name for file in files}
+    assert {"argparse.py", "dataclasses.py"} <= names
+    assert files == sorted(files)
+    assert not any({"test", "tests", "site-packages", "__pycache__"} & set(file.parts) for file in files)
+
+
+def test_stdlib_documents_hold_every_character_once() -> None:
+    read = Counter[str]()
+    for document in documents(SourceConfig(kind="python_stdlib"), seed=0):
+        assert 0 < len(document) <= 8192
+        read.update(document)
+    expected = Counter[str]()
+    for file in stdlib_files():
+        text = file.read_text(encoding="utf-8")
+        expected.update(text if text.strip() else "")
+    assert read == expected
+
+
+def test_order_depends_on_the_seed_alone() -> None:
+    source = SourceConfig(kind="python_stdlib")
+    first, again, other = (list(documents(source, seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert sorted(first) == sorted(other)
+
+
+def test_python_is_cut_before_definitions_and_not_below_a_decorator() -> None:
+    lines = ["import os\n", "\n", "@cache\n", "def f():\n", "    return 1\n", "\n", "class A:\n", "    x = 1\n"]
+    cut = list(split_documents(lines, starts_segment=starts_definition, max_chars=40))
+    assert "".join(cut) == "".join(lines)
+    assert cut == ["import os\n\n", "@cache\ndef f():\n    return 1\n\n", "class A:\n    x = 1\n"]
+
+
+def test_long_lines_and_long_segments_are_bounded() -> None:
+    lines = ["x" * 25 + "\n", "short\n", "another\n"]
+    cut = list(split_documents(lines, starts_segment=lambda previous, line: False, max_chars=10))
+    assert "".join(cut) == "".join(lines)
+    assert max(map(len, cut)) <= 10
+
+
+def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraphs = [f"{letter * 5000}\n\n" for letter in "abc"]
+    (tmp_path / "long.txt").write_text("".join(paragraphs))
+    assert _text(tmp_path / "long.txt") == paragraphs
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst", ".py", ".txt.xz", ".md.gz"])
+def test_text_kinds(tmp_path: Path, suffix: str) -> None:
+    content = "Grüße\n\nzweite Zeile\n"
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(suffix).suffix, open)
+    with opener(tmp_path / f"file{suffix}", "wt", encoding="utf-8") as stream:
+        stream.write(content)
+    assert _text(tmp_path) == [content]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz", ".jsonl.gz"])
+def test_jsonl(tmp_path: Path, suffix: str) -> None:
+    rows = [{"body": "one"}, {"body": "two\n\nparts"}, {"body": None}, {"body": " "}]
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(suffix).suffix, open)
+    with opener(tmp_path / f"rows{suffix}", "wt", encoding="utf-8") as stream:
+        stream.write("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert _text(tmp_path, text_field="body") == ["one", "two\n\nparts"]
+    with pytest.raises(ValueError, match="no column text_field=text; set text_field to one of body"):
+        _text(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(r'{"text": "a\ud83d b"}')
+    assert _text(tmp_path) == ["a? b"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"document {i}" for i in range(600)], "number": list(range(600))})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert _text(tmp_path / "*.parquet") == sorted(f"document {i}" for i in range(600))
+    with pytest.raises(ValueError, match="no column text_field=body; set text_field to one of text, number"):
+        _text(tmp_path, text_field="body")
+    with pytest.raises(ValueError, match=r"text_field=number of .* is a int, not text"):
+        _text(tmp_path, text_field="number")
+
+
+def test_hub_reads_a_dataset_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    source = SourceConfig(kind="hub", path=str(tmp_path / "data"))
+    assert sorted(documents(source, seed=0)) == ["one", "two"]
+
+
+def test_directories_are_searched_below(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.md", "a/b/x.txt", "a/ignored.bin", "a/ignored.parquet.gz"):
+        (tmp_path / name).write_text("text")
+    assert text_files(str(tmp_path)) == [tmp_path / "a/b/x.txt", tmp_path / "z.md"]
+    assert text_files(str(tmp_path / "**" / "*.txt")) == [tmp_path / "a/b/x.txt"]
+
+
+def test_errors_name_the_file_and_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing does not exist; give a file, a directory or a glob"):
+        text_files(str(tmp_path / "missing"))
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"none of the 1 files under .* ends in"):
+        text_files(str(tmp_path))
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        _text(tmp_path)
+    (tmp_path / "latin.txt").unlink()
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not JSON"):
+        _text(tmp_path / "rows.jsonl")
+    (tmp_path / "plain.txt.xz").write_text("not compressed")
+    with pytest.raises(ValueError, match=r"plain\.txt\.xz cannot be decompressed"):
+        _text(tmp_path / "plain.txt.xz")
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match=r"bad\.parquet is not a parquet file"):
+        _text(tmp_path / "bad.parquet")
+
+
+def test_shuffle_with_a_small_buffer_loses_nothing() -> None:
+    order = list(shuffled(range(100), seed=3, buffer_items=8))
+    assert sorted(order) == list(range(100))
+    assert order != list(range(100))
+    assert order == list(shuffled(range(100), seed=3, buffer_items=8))
+
+
+def test_interleave_follows_the_weights() -> None:
+    streams = [iter(["aa"] * 1000), iter(["bbbb"] * 1000)]
+    merged = list(islice(interleave(streams, [3.0, 1.0], size=len), 500))
+    sizes = Counter[int]()
+    for index, item in merged:
+        sizes[index] += len(item)
+    # The share is off by at most one item of each stream.
+    assert abs(sizes[0] - 3 * sizes[1]) <= 2 + 3 * 4
+
+
+def test_interleave_ends_with_the_first_dry_stream() -> None:
+    merged = list(interleave([iter("a" * 3), iter("b" * 100)], [1.0, 1.0], size=len))
+    assert "".join(item for _, item in merged) == "ababab"

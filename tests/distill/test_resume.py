@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import resume
+
+TENSORS = {
+    "model": {"weight": torch.arange(6.0).reshape(2, 3)},
+    "rng": {"cpu": torch.arange(8, dtype=torch.uint8)},
+}
+
+
+def _save(directory: Path, *steps: int) -> None:
+    for step in steps:
+        tensors = {**TENSORS, "optimizer": {"weight/step": torch.tensor(float(step))}}
+        resume.save(directory, step, tensors=tensors, state={"step": step, "curve": [{"tokens": 8 * step}]})
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_point_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    _save(tmp_path / "run", 3)
+    point = resume.latest(tmp_path / "run")
+    assert point is not None
+    assert point.step == 3
+    assert point.state == {"step": 3, "curve": [{"tokens": 24}]}
+    tensors = point.tensors()
+    assert tensors.keys() == {"model", "optimizer", "rng"}
+    assert torch.equal(tensors["model"]["weight"], TENSORS["model"]["weight"])
+    assert torch.equal(tensors["rng"]["cpu"], TENSORS["rng"]["cpu"])
+    assert tensors["optimizer"]["weight/step"] == 3
+
+
+def test_there_may_be_no_point(tmp_path: Path) -> None:
+    assert resume.latest(tmp_path) is None
+    assert resume.latest(tmp_path / "missing") is None
+
+
+def test_the_newest_two_points_are_kept_by_number(tmp_path: Path) -> None:
+    _save(tmp_path, 8, 9, 10)
+    assert _names(tmp_path) == ["step_10", "step_9"]
+    point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == 10
+
+
+def _truncate(point: Path) -> None:
+    file = point / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _alter(point: Path) -> None:
+    file = point / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _remove_file(point: Path) -> None:
+    (point / "optimizer.safetensors").unlink()
+
+
+def _remove_marker(point: Path) -> None:
+    (point / "commit.json").unlink()
+
+
+def _break_marker(point: Path) -> None:
+    (point / "commit.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _alter, _remove_file, _remove_marker, _break_marker])
+def test_damaged_points_are_passed_over_with_a_warning(tmp_path: Path, damage: object) -> None:
+    _save(tmp_path, 1, 2)
+    damage(tmp_path / "step_2")  # type: ignore[operator]
+    with pytest.warns(RuntimeWarning, match="step_2 is damaged and not used"):
+        point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == 1
+
+
+def test_a_damaged_point_is_written_again_and_never_outlives_a_whole_one(tmp_path: Path) -> None:
+    _save(tmp_path, 1, 4)
+    _truncate(tmp_path / "step_4")
+    _save(tmp_path, 3)
+    assert _names(tmp_path) == ["step_1", "step_3"]
+    _truncate(tmp_path / "step_3")
+    _save(tmp_path, 3)
+    point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == 3
+
+
+def test_the_leftover_of_a_kill_is_ignored_and_cleared(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    leftover = tmp_path / "step_2.tmp"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == 1
+    _save(tmp_path, 3)
+    assert _names(tmp_path) == ["step_1", "step_3"]
+
+
+def test_the_marker_covers_every_file(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    files = json.loads((tmp_path / "step_1" / "commit.json").read_text())["files"]
+    assert {*files, "commit.json"} == set(_names(tmp_path / "step_1"))
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """No file may grow beyond 64 KiB: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_a_failed_write_leaves_earlier_points_whole(tmp_path: Path) -> None:
+    _save(tmp_path, 1, 2)
+    large = {**TENSORS, "optimizer": {"exp_avg": torch.zeros(1 << 16)}}
+    with pytest.raises(ValueError, match=r"^step_3 could not be written to .*.* go on from step_2$") as error:
+        resume.save(tmp_path, 3, tensors=large, state={})
+    assert "\n" not in str(error.value)
+    assert _names(tmp_path) == ["step_1", "step_2"]
+    point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == 2

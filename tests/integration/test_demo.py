@@ -1,0 +1,132 @@
+"""The shipped pipeline `demo`, whole, through the command line, with budgets cut to a minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    "data.train_tokens=60000",
+    "data.validation_tokens=8000",
+    "data.calibration_tokens=8000",
+    "data.vocab_size=512",
+    "pretrain.num_blocks=6",
+    "pretrain.hidden_dim=64",
+    "pretrain.train.max_tokens=30000",
+    "pretrain.train.eval_every_tokens=0",
+    "library.bld.max_tokens=4096",
+    "library.importance_sequences=8",
+    "scores.num_sequences=8",
+    "costs.repeats=3",
+    "search.constraint.latency_frac=0.7",
+    "dependency.num_sequences=4",
+    "distill.max_tokens=8192",
+    "distill.eval_every_tokens=0",
+    "distill.eval_sequences=8",
+    "fuse.leave_last_out=false",
+    "extend_context.phases=[{seq_len: 256, max_tokens: 4096, batch_size: 4, rope: {theta: 20000.0}}]",
+    "evaluate.num_sequences=16",
+    "evaluate.lengths=[128,256]",
+    "evaluate.num_needles=4",
+    "benchmark.repeats=3",
+]
+STEPS = 14
+
+
+def launch(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "launch", *arguments, f"run.root={root}"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    done = launch("demo", *TINY, "run.name=tiny", root=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def test_every_step_leaves_its_artifact_and_a_report(root: Path) -> None:
+    kinds = {
+        link.name: json.loads((link / "artifact.json").read_text())["kind"]
+        for link in (root / "tiny").iterdir()
+        if link.is_symlink()
+    }
+    assert len(kinds) == STEPS
+    assert kinds["fused"] == "model"
+    assert kinds["search"] == "solution"
+    report = json.loads((root / "tiny" / "report" / "report.json").read_text())
+    evidence = report["evidence"]
+    assert evidence["num_attentions_removed"] >= 1
+    assert evidence["fused_equals_parallel_sum_max_relative_error"] < 1e-5
+    assert set(report["models"]) >= {"parent", "child", "fused", "distilled", "extended"}
+    page = (root / "tiny" / "report" / "index.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page
+
+
+def test_second_run_computes_nothing(root: Path) -> None:
+    done = launch("demo", *TINY, "run.name=tiny", root=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cached") == STEPS
+
+
+def test_sweep_shares_what_lies_upstream(root: Path) -> None:
+    store = root / "store"
+    before = {path.name for path in store.iterdir()}
+    done = launch("demo", "--multirun", *TINY, "steps.distilled.optim.lr=1e-4,2e-4", root=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    new = {path.name.partition("-")[0] for path in store.iterdir()} & {name.partition("-")[0] for name in before}
+    added = [path.name.partition("-")[0] for path in store.iterdir() if path.name not in before]
+    assert sorted(added) == sorted(["distill", "extend_context", "evaluate", "benchmark", "export"] * 2)
+    assert "pretrain" in new
+    assert len(list(store.glob("pretrain-*"))) == 1
+
+
+def test_damaged_artifact_is_one_line(root: Path) -> None:
+    file = root / "tiny" / "scores" / "scores.json"
+    content = file.read_text()
+    file.write_text(content.replace("0", "1", 1))
+    try:
+        done = launch("demo", *TINY, "run.name=tiny", root=root)
+    finally:
+        file.write_text(content)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "scores.json was altered" in done.stderr
+
+
+def test_infeasible_budget_is_one_line(root: Path) -> None:
+    done = launch("demo", *TINY, "search.constraint.latency_frac=0.01", "run.name=infeasible", root=root)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "step search" in done.stderr
+
+
+def test_single_stage_takes_artifacts_by_path(root: Path) -> None:
+    run = root / "tiny"
+    done = launch("fuse", f"inputs.model={run / 'child'}", "fuse.leave_last_out=false", "fuse.norm=last", root=root)
+    assert done.returncode == 0, done.stderr
+    assert "artifact:" in done.stdout
+
+
+def test_wrong_input_kind_is_one_line(root: Path) -> None:
+    done = launch("fuse", f"inputs.model={root / 'tiny' / 'data'}", root=root)
+    assert done.returncode == 2
+    assert "must be of kind model, the artifact given is of kind data" in done.stderr
+
+
+def test_report_can_be_made_again(root: Path) -> None:
+    page = root / "tiny" / "report" / "index.html"
+    page.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "report", str(root / "tiny")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert page.is_file()

