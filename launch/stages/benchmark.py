@@ -43,7 +43,7 @@ def run(config: BenchmarkStage, inputs: Inputs, context: StageContext) -> StageR
         require_positions(workload, architecture, name)
     require_memory(sum(row["weight_bytes"] for row in memory.values()), device)
 
-    with cpu_threads(benchmark.threads):
+    with cpu_threads(workload.num_cpu_threads):
         num_threads = torch.get_num_threads()
         models = {n: load_model(inputs[n].path, device=device, dtype=torch_dtype(workload)) for n in names}
         peaks = {n: peak_memory_bytes(m, workload) if device.type == "cuda" else None for n, m in models.items()}

@@ -10,7 +10,7 @@ from launch.registry import MeasureCostsStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.analytic import analytic_table
 from puzzle.cost import calibrate, measured_table, subblock_variants
-from puzzle.latency import require_positions, torch_dtype
+from puzzle.latency import cpu_threads, require_positions, torch_dtype
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import read_architecture
 from puzzle.model.hf_config import hf_config
@@ -24,8 +24,9 @@ def run(config: MeasureCostsStage, inputs: Inputs, context: StageContext) -> Sta
     subblocks = subblock_variants(parent, config.space)
     device = resolve_device(config.engine)
 
-    rates = calibrate(config.costs.hardware, dtype=torch_dtype(workload), device=device, config=config.costs)
-    measured = measured_table(parent, subblocks, workload=workload, config=config.costs, device=device)
+    with cpu_threads(workload.num_cpu_threads):
+        rates = calibrate(config.costs.hardware, dtype=torch_dtype(workload), device=device, config=config.costs)
+        measured = measured_table(parent, subblocks, workload=workload, config=config.costs, device=device)
     analytic = analytic_table(parent, subblocks, workload=workload, hardware=rates)
     CostFile(
         architecture=hf_config(parent, workload.dtype),

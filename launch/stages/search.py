@@ -26,7 +26,13 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
         f"search.cost_table={search.cost_table} is not in costs.json, which has {', '.join(costs.tables)}",
     )
     parent = [block.name for block in architecture_from_config(costs.architecture).blocks]
-    problem = build_problem(scores.by_block(search.metric), costs.tables[search.cost_table], parent, search)
+    problem = build_problem(
+        scores.by_block(search.metric),
+        costs.tables[search.cost_table],
+        parent,
+        search,
+        leave_last_out=config.fuse.leave_last_out,
+    )
 
     solutions = find_solutions(problem, budgets_of(problem, search.constraint))
     front = pareto_front(problem)

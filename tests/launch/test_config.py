@@ -24,7 +24,7 @@ def test_every_stage_composes_into_its_typed_config() -> None:
 def test_every_option_of_every_group_composes(group: str) -> None:
     for file in sorted((CONF / group).glob("*.yaml")):
         config = compose_stage(
-            DistillStage, [f"{group}={file.stem}", *(["data.path=x"] if file.stem == "text" else [])]
+            DistillStage, [f"{group}={file.stem}", *(["data.sources.0.path=x"] if file.stem == "text" else [])]
         )
         assert config.distill.max_tokens > 0
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from distill.config import EngineConfig
+from fusion.config import FuseConfig
 from launch.registry import BenchmarkStage, MeasureCostsStage, SearchStage
 from launch.stage import StageContext
 from launch.stages import benchmark, measure_costs, search
@@ -77,7 +78,8 @@ def costs(tmp_path, measured):
 
 
 def run_search(context, scores, costs, **fields):
-    config = SearchStage(search=SearchConfig(**{"constraint": ConstraintConfig(latency_ms=14.3), **fields}))
+    settings = SearchConfig(**{"constraint": ConstraintConfig(latency_ms=14.3), **fields})
+    config = SearchStage(search=settings, fuse=FuseConfig())
     result = search.run(config, {"scores": artifact(scores), "costs": artifact(costs)}, context)
     return result, json.loads((context.out / "solution.json").read_text())
 
@@ -160,7 +162,9 @@ def models(tmp_path, pico_parent_dir, pico_architecture):
 
 
 def test_benchmark_compares_whole_models(context, models, pico_architecture):
-    config = BenchmarkStage(benchmark=BenchmarkConfig(repeats=3, warmup=0, threads=1), workload=WORKLOAD, engine=ENGINE)
+    config = BenchmarkStage(
+        benchmark=BenchmarkConfig(repeats=3, warmup=0), workload=replace(WORKLOAD, num_cpu_threads=1), engine=ENGINE
+    )
     stage = context("benchmark")
     result = benchmark.run(config, models, stage)
     report = json.loads((stage.out / "benchmark.json").read_text())

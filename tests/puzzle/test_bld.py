@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.config import EngineConfig, OptimConfig, TrackingConfig, TrainConfig
+from distill.engine.base import resolve_dtype
 from distill.losses import normalized_mse
 from distill.tracking import Tracker
 from puzzle import bld
@@ -55,7 +57,8 @@ def build(
     directory: Path, parent_dir: Path, space: SpaceConfig, settings: BldSettings, *, blocks: Sequence[int] = range(4)
 ) -> BlockLibrary:
     """The library of ``blocks``, as the stage builds it."""
-    parent, architecture = load_model(parent_dir), read_architecture(parent_dir)
+    parent = load_model(parent_dir, dtype=resolve_dtype(settings.engine))
+    architecture = read_architecture(parent_dir)
     contributions = channel_contributions(parent, settings.held_out, batch_size=6)
     rankings = {index: rank_channels(values) for index, values in contributions.items()}
     replacements = [item for item in space_replacements(architecture, space) if item.block in blocks]
@@ -86,14 +89,23 @@ def rows(directory: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if not key.startswith(("perf", "mem"))} for line in lines]
 
 
-def make_trainees(parent_dir: Path, space: SpaceConfig, sequences: Tensor, optim: OptimConfig = OPTIM) -> Trainees:
+def make_trainees(
+    parent_dir: Path,
+    space: SpaceConfig,
+    sequences: Tensor,
+    optim: OptimConfig = OPTIM,
+    *,
+    power_factor: float = 1.0,
+    device: str = "cpu",
+) -> Trainees:
     """All replacements of blocks 1 and 2, untrained; narrower FFNs keep the first channels."""
     architecture = read_architecture(parent_dir)
     with TensorReader(parent_dir) as reader:
         init = checkpoint_init(reader, architecture, dict.fromkeys(range(4), torch.arange(512)))
         inits = {item: init(item) for item in space_replacements(architecture, space) if item.block in (1, 2)}
-    parent = load_model(parent_dir).requires_grad_(False)
-    return Trainees(parent, architecture, inits, optim, output_power(parent, sequences, batch_size=6))
+    parent = load_model(parent_dir, device=device).requires_grad_(False)
+    power = power_factor * output_power(parent, sequences, batch_size=6)
+    return Trainees(parent, architecture, inits, optim, power)
 
 
 def test_held_out_error_is_the_nmse_of_the_whole_block(
@@ -132,6 +144,20 @@ def test_micro_batches_add_up_to_the_batch(lively_parent_dir: Path, space: Space
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
+def test_learning_does_not_slow_down_where_a_blocks_output_is_huge(
+    lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor
+) -> None:
+    errors = []
+    for factor in (1.0, 1e8):
+        optim = OptimConfig(lr=1e-3, grad_clip=0.0)
+        trainees = make_trainees(lively_parent_dir, space, sequences, optim, power_factor=factor)
+        for step in range(5):
+            trainees.step(ToyBatches().batch(step), lr=1e-3, micro_batch=4)
+        errors.append([error * factor for error in trainees.held_out_nmse(sequences, batch_size=6)])
+    # equal but for what fp32 keeps of gradients of 1e-12
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01])
 def test_a_replacement_learns_the_same_alone_and_in_company(
     tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings, grad_clip: float
@@ -144,10 +170,16 @@ def test_a_replacement_learns_the_same_alone_and_in_company(
     assert all(company[name] == alone[name] for name in shared)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bld_reduces_the_held_out_error_of_every_replacement(
-    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
+    tmp_path: Path,
+    lively_parent_dir: Path,
+    space: SpaceConfig,
+    settings: BldSettings,
+    precision: Literal["fp32", "bf16"],
 ) -> None:
-    longer = replace(settings, train=replace(TRAIN, max_tokens=40 * 96))
+    engine = EngineConfig(device="cpu", precision=precision)
+    longer = replace(settings, engine=engine, train=replace(TRAIN, max_tokens=40 * 96))
     library = build(tmp_path, lively_parent_dir, space, longer)
     assert len(library.entries) == 3 + 3 * 7
     assert all(entry.bld_nmse < entry.bld_nmse_init for entry in library.entries.values())
@@ -168,6 +200,24 @@ def test_killed_bld_goes_on_to_the_same_library_bit_for_bit(
     assert contents(resumed) == contents(whole)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert list((tmp_path / "killed" / "resume").glob("**/*.safetensors")) == []
+
+
+@pytest.mark.parametrize(("frac", "num_saves"), [(1e-9, 1), (1e9, 9)])
+def test_resume_points_take_a_bounded_share_of_the_time(
+    tmp_path: Path,
+    lively_parent_dir: Path,
+    space: SpaceConfig,
+    settings: BldSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    frac: float,
+    num_saves: int,
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(bld, "MAX_SAVING_FRAC", frac)
+    monkeypatch.setattr(bld.resume, "save", lambda directory, step, **_: saved.append(step))
+    train = replace(TRAIN, max_tokens=10 * 96, resume_every_tokens=0)
+    build(tmp_path, lively_parent_dir, space, replace(settings, train=train), blocks=[1])
+    assert saved == list(range(1, num_saves + 1))  # never after the last step, which is followed by the library
 
 
 def test_a_replacement_that_training_made_worse_keeps_its_init(
@@ -227,3 +277,20 @@ def test_training_leaves_the_parent_alone_and_reports_divergence(
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainees.parent.state_dict().items())
     with pytest.raises(RuntimeError, match=r"no replacement has a finite error .* lower library\.optim\.lr"):
         build(tmp_path, lively_parent_dir, space, replace(settings, optim=OptimConfig(lr=1e30)))
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_learn_as_on_a_cpu_and_never_wait(
+    lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor
+) -> None:
+    errors = []
+    for device in ("cpu", "cuda"):
+        trainees = make_trainees(lively_parent_dir, space, sequences, device=device)
+        for step in range(4):
+            # the first step allocates; from then on nothing may wait for the device
+            torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")
+            trainees.step(ToyBatches().batch(step), lr=1e-3, micro_batch=2)
+        torch.cuda.set_sync_debug_mode("default")
+        errors.append(trainees.held_out_nmse(sequences, batch_size=6))
+    # Adam turns rounding noise in near-zero gradients into whole steps
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)

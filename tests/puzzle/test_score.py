@@ -108,3 +108,16 @@ def test_one_sequence_has_no_standard_error(
 ) -> None:
     with pytest.raises(ValueError, match="num_sequences >= 2"):
         score(lively_parent, library, space, sequences[:1])
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_on_a_cpu(
+    lively_parent: DeciLMForCausalLM, library: BlockLibrary, space: SpaceConfig, sequences: Tensor
+) -> None:
+    on_cpu = score(lively_parent, library, space, sequences).rows
+    on_gpu = score(lively_parent.to("cuda"), library, space, sequences).rows
+    for first, second in zip(on_cpu, on_gpu, strict=True):
+        # fp32 on both, sums in another order
+        assert first.kld == pytest.approx(second.kld, rel=1e-3, abs=1e-6)
+        assert first.lm_loss == pytest.approx(second.lm_loss, rel=1e-3, abs=1e-5)
+        assert first.hidden_cosine == pytest.approx(second.hidden_cosine, rel=1e-3, abs=1e-6)
