@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch goes first and alone: a range would let pip pick a CUDA build of several gigabytes where a CPU build is wanted.
+# Where torch comes from; empty: the default index. On Linux without a GPU this one saves gigabytes of CUDA libraries:
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-slow lint clean
@@ -27,7 +29,7 @@ lint: $(VENV)/.installed-lint
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes, once) ..."
-	$(INSTALL) torch
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(INSTALL) -e .
 	touch $@
 

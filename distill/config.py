@@ -25,12 +25,14 @@ class SourceConfig:
 
     kind: Literal["python_stdlib", "text", "hub"]
     """python_stdlib: source and docstrings of the running Python; text: local files; hub: a Hugging Face dataset."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PLACEMENT)
     """text: a file, a directory or a glob (.txt .md .rst .py .jsonl .parquet, .xz, .gz); hub: the dataset id."""
     subset: str | None = None
     """hub: the dataset's configuration name."""
     split: str = "train"
     """hub: the dataset's split."""
+    revision: str | None = None
+    """hub: branch, tag or commit; null: the default branch. A commit makes later runs equal."""
     text_field: str = "text"
     """jsonl, parquet and hub: the column that holds the text."""
     weight: float = 1.0
@@ -264,6 +266,7 @@ class EvaluateConfig:
     """Retrieval questions per length."""
 
     def __post_init__(self) -> None:
+        require(all(length > 1 for length in self.lengths), f"evaluate.lengths must be > 1, got {list(self.lengths)}")
         for name in ("seq_len", "num_sequences", "batch_size", "num_needles"):
             require(getattr(self, name) > 0, f"evaluate.{name} must be > 0, got {getattr(self, name)}")
 

@@ -91,7 +91,7 @@ def _start_wandb(**settings: Any) -> Any:
     except ImportError as error:
         raise ValueError(
             "tracking.wandb needs the package wandb, which is not installed; "
-            "install it with `pip install .[wandb]` or set tracking.wandb=off"
+            "install it with `pip install -e '.[wandb]'` or set tracking.wandb=off"
         ) from error
     try:
         run = wandb.init(**settings)

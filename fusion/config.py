@@ -43,6 +43,9 @@ class FuseConfig:
     """First and last block (inclusive) of every group, chosen by hand; null: chosen from the runs."""
 
     def __post_init__(self) -> None:
+        require(
+            self.max_ffn_dim is None or self.max_ffn_dim > 0, f"fuse.max_ffn_dim must be > 0, got {self.max_ffn_dim}"
+        )
         require(self.min_length >= 2, f"fuse.min_length must be >= 2, got {self.min_length}")
         require(
             self.max_dependency is None or 0 <= self.max_dependency <= 2,

@@ -14,6 +14,7 @@ from rich.markup import escape
 from launch import console
 from launch.artifact import Artifact
 from launch.config import (
+    PipelineConfig,
     RunSettings,
     compose_pipeline,
     compose_stage,
@@ -21,6 +22,8 @@ from launch.config import (
     multirun,
     pipeline_names,
     run_name,
+    run_settings,
+    sweep_points,
     to_yaml,
 )
 from launch.pipeline import PlannedStep, check_inputs, make_job, make_recipe, plan, run_steps
@@ -42,17 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.target == "report":
             _report_again(overrides)
         elif options.multirun:
-            multirun(
-                _known_target(options.target),
-                overrides,
-                lambda point: _run(options.target, point, dry_run=options.dry_run),
-            )
+            return _sweep(_known_target(options.target), overrides, dry_run=options.dry_run)
         else:
             _run(_known_target(options.target), overrides, dry_run=options.dry_run)
     except ValueError as error:
         if os.environ.get("FUSION_TRACEBACK"):
             raise
         console.complain(escape(str(error)))
+        return 2
+    except OSError as error:
+        console.complain(escape(f"{error.filename or 'operating system'}: {error.strerror or error}"))
         return 2
     except KeyboardInterrupt:
         console.complain("interrupted; the same command goes on from the last resume point")
@@ -82,6 +84,29 @@ def _known_target(target: str) -> str:
     return target
 
 
+def _sweep(target: str, overrides: list[str], *, dry_run: bool) -> int:
+    """Run every point. All are checked before the first; one that fails later does not stop the others."""
+    for point in sweep_points(overrides):
+        if target in STAGES:
+            compose_stage(STAGES[target].config, point)
+        else:
+            plan(compose_pipeline(target, point), point)
+    failed = []
+    process = os.getpid()
+
+    def job(point: list[str]) -> None:
+        try:
+            _run(target, point, dry_run=dry_run)
+        except ValueError as error:
+            if os.getpid() != process:
+                raise
+            failed.append(point)
+            console.complain(escape(f"{' '.join(point)}: {error}"))
+
+    multirun(target, overrides, job)
+    return 2 if failed else 0
+
+
 def _run(target: str, overrides: list[str], *, dry_run: bool) -> None:
     if target in STAGES:
         _run_stage(target, overrides, dry_run=dry_run)
@@ -92,7 +117,7 @@ def _run(target: str, overrides: list[str], *, dry_run: bool) -> None:
 def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
     pipeline = compose_pipeline(name, overrides)
     steps = plan(pipeline, overrides)
-    settings, run, store = _settings(name, overrides)
+    settings, run, store = _settings(name, pipeline, overrides)
     if dry_run:
         console.print_plan(steps, store)
         return
@@ -110,7 +135,7 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     check_inputs(stage, {key: artifact.manifest.kind for key, artifact in inputs.items()})
     config = compose_stage(stage.config, overrides)
     recipe = make_recipe(name, config, {key: artifact.manifest.fingerprint for key, artifact in inputs.items()})
-    settings, run, store = _settings(name, overrides)
+    settings, run, store = _settings(name, None, overrides)
     if dry_run:
         console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
         return
@@ -121,9 +146,10 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     console.say(f"artifact: {artifact.path}")
 
 
-def _settings(target: str, overrides: list[str]) -> tuple[RunSettings, RunDirectory, Store]:
-    own = [text for text in overrides if text.startswith(("run.", "tracking"))]
-    settings: RunSettings = compose_stage(RunSettings, own)
+def _settings(
+    target: str, pipeline: PipelineConfig | None, overrides: list[str]
+) -> tuple[RunSettings, RunDirectory, Store]:
+    settings = run_settings(pipeline, overrides)
     root = Path(settings.run.root).expanduser().absolute()
     run = RunDirectory(root=root, name=settings.run.name or run_name(target, overrides))
     return settings, run, Store(run.store, checksums=settings.run.verify == "full")

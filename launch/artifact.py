@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,18 @@ class Manifest:
     headline: str
     metrics: dict[str, Any]
     tokens: dict[str, int]
-    """Training tokens by stage, summed along the line of models that led here."""
+    """Training tokens by stage since the parent, summed along the line of models that led here."""
     seconds: float
     """Wall-clock time of the attempt that committed."""
     provenance: dict[str, Any]
     created_at: str
+    digest: str = ""
+    """Checksum over all other fields; empty until the commit."""
+
+    @property
+    def content_digest(self) -> str:
+        """What ``digest`` is for the other fields as they stand."""
+        return hashlib.sha256(canonical_json({**asdict(self), "digest": ""}).encode()).hexdigest()
 
     @property
     def recipe(self) -> Recipe:
@@ -127,11 +134,8 @@ class Artifact:
                 f"{manifest_path} has schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}; "
                 f"{_way_out(path)}"
             )
-        if manifest.recipe.fingerprint != manifest.fingerprint:
-            raise DamagedArtifactError(
-                f"{manifest_path} was altered: its configuration and inputs give fingerprint "
-                f"{manifest.recipe.fingerprint[:12]}, it states {manifest.fingerprint[:12]}; {_way_out(path)}"
-            )
+        if manifest.content_digest != manifest.digest or manifest.recipe.fingerprint != manifest.fingerprint:
+            raise DamagedArtifactError(f"{manifest_path} was altered since it was written; {_way_out(path)}")
         return cls(path=path, manifest=manifest)
 
     def verify(self, *, checksums: bool = True) -> None:
@@ -164,6 +168,7 @@ def _way_out(path: Path) -> str:
 
 def commit(path: Path, manifest: Manifest) -> Artifact:
     """Turn the finished directory ``path`` into an artifact by writing its manifest, flushed to disk and renamed."""
+    manifest = replace(manifest, digest=manifest.content_digest)
     temporary = path / f"{MANIFEST_NAME}.tmp"
     with temporary.open("w") as stream:
         json.dump(asdict(manifest), stream, indent=1)

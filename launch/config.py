@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,19 +21,21 @@ from typing import Any, Literal
 
 import dacite
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill.config import TrackingConfig
+from distill.config import TrackingConfig, require
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STEP_PREFIX = "steps."
 INPUT_PREFIX = "inputs."
+MAX_NAME_LENGTH = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,12 @@ class RunConfig:
     """Name of the run; null: the pipeline's name and the overrides that make this run differ from it."""
     verify: Literal["full", "size"] = "full"
     """How inputs are checked before use: by checksum, or by presence and size alone."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.name is None or bool(re.fullmatch(r"(?!store$|\.)[\w.,=+-]+", self.name)),
+            f"run.name={self.name} is not a file name of its own; use letters, digits and - _ . , = +",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +126,11 @@ def check_step_prefixes(pipeline: PipelineConfig, overrides: Sequence[str]) -> N
     for text in overrides:
         if text.startswith(STEP_PREFIX):
             step = text.removeprefix(STEP_PREFIX).partition(".")[0].partition("=")[0]
+            key = _top_level_key(text.removeprefix(f"{STEP_PREFIX}{step}."))
+            if step in pipeline.steps and key in ("inputs", "run", "tracking"):
+                raise ValueError(
+                    f"{text}: {key} cannot be set for one step; edit the pipeline, or set {key} for the run"
+                )
             if step not in pipeline.steps:
                 raise ValueError(
                     f"{text}: no step {step!r}{_suggestion(step, pipeline.steps)}; steps: {', '.join(pipeline.steps)}"
@@ -132,28 +147,54 @@ def inputs_of(overrides: Sequence[str]) -> dict[str, str]:
     return inputs
 
 
+def run_settings(pipeline: PipelineConfig | None, overrides: Sequence[str]) -> RunSettings:
+    """Where the run keeps its things: from the pipeline's ``common`` overrides, then the command line's."""
+    texts = [text.lstrip("+") for text in (*(pipeline.common if pipeline else ()), *overrides)]
+    own = {text.partition("=")[0]: text for text in texts if _top_level_key(text) in ("run", "tracking")}
+    return compose_stage(RunSettings, list(own.values()))
+
+
 def run_name(target: str, overrides: Sequence[str]) -> str:
     """A file name that is a function of what runs, never of the clock, so that a restarted job finds its state."""
     telling = sorted(text for text in overrides if _top_level_key(text) not in ("run", "tracking", "inputs"))
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join([target, *telling]))[:120].rstrip("_,")
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join([target, *telling])).rstrip("_,")
+    if len(name) <= MAX_NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(",".join(telling).encode()).hexdigest()[:8]
+    return f"{name[: MAX_NAME_LENGTH - 9]}-{digest}"
+
+
+def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every point of a sweep over comma-separated choices and ranges.
+
+    Raises:
+        ValueError: an override cannot be parsed.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides([text for text in overrides if not _is_hydra(text)])
+        points = [list(point) for point in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
+    except HydraException as error:
+        raise ValueError(_one_line(error, "config")) from error
+    named = [text for text in overrides if text.startswith("run.name=")]
+    if named and len(points) > 1 and len({name for point in points for name in point if name in named}) == 1:
+        raise ValueError(
+            f"{named[0]} would give {len(points)} runs one directory; leave it out, every point has its own name"
+        )
+    return points
 
 
 def multirun(target: str, overrides: Sequence[str], job: Callable[[list[str]], None]) -> None:
-    """Run ``job`` for every point of a sweep with Hydra's sweeper and launcher (``hydra/launcher=joblib`` and others).
+    """Run ``job`` for every point of a sweep with Hydra's sweeper and launcher (``hydra/launcher=joblib``, ...)."""
 
-    Raises:
-        ValueError: an override is wrong; found before the first point runs.
-    """
-    config_name = f"pipeline/{target}" if target in pipeline_names() else "config"
-    first_point = [_first_choice(text) for text in overrides if not text.startswith("hydra")]
-    _compose(config_name, [text for text in first_point if not text.startswith((STEP_PREFIX, INPUT_PREFIX))])
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    @hydra.main(
+        version_base="1.3",
+        config_path=str(CONF),
+        config_name=f"pipeline/{target}" if target in pipeline_names() else "config",
+    )
     def task(_: DictConfig) -> None:
         job([text.lstrip("+") for text in HydraConfig.get().overrides.task])
 
-    import sys
-
+    # Hydra takes its overrides from sys.argv alone, and lets new keys in with a plus sign.
     added = [f"+{text}" if text.startswith((STEP_PREFIX, INPUT_PREFIX)) else text for text in overrides]
     sys.argv = [sys.argv[0], "--multirun", *added]
     task()
@@ -199,12 +240,18 @@ def _build(config_class: type, tree: Mapping[str, Any]) -> Any:
     if missing is not None:
         raise ValueError(f"{missing} has no value; set {missing}=<value>")
     try:
-        settings = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _to_float})
-        return dacite.from_dict(config_class, nodes, settings)
+        return dacite.from_dict(config_class, _tuples(nodes), dacite.Config(strict=True, type_hooks={float: _to_float}))
     except dacite.UnexpectedDataError as error:
         raise ValueError(f"unknown key: {error}") from error
     except dacite.DaciteFieldError as error:
         raise ValueError(f"{error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """``value`` with every list as a tuple, so that a lone number or word is not taken for a list."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _to_float(value: Any) -> Any:
@@ -224,6 +271,8 @@ def _missing_keys(value: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 def _one_line(error: Exception, config_name: str) -> str:
     """Hydra's complaint as one line, with the nearest key or group that exists."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}; settings are <key>=<value>, quoted where they hold spaces or brackets"
     text = str(error)
     key_match = re.search(r"Could not override '([^']+)'", text)
     if key_match:
@@ -255,7 +304,7 @@ def _paths(value: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _suggestion(key: str, known: Any) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, [name for name in known if name != key], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -263,8 +312,5 @@ def _top_level_key(override: str) -> str:
     return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
-def _first_choice(text: str) -> str:
-    override = OverridesParser.create().parse_override(text)
-    if not override.is_sweep_override():
-        return text
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+def _is_hydra(override: str) -> bool:
+    return _top_level_key(override) == "hydra"

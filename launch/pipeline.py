@@ -7,12 +7,13 @@ checked, before the first step runs.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.artifact import Artifact, Manifest, Recipe, fingerprinted_config
+from launch.artifact import Artifact, DamagedArtifactError, Manifest, Recipe, fingerprinted_config
 from launch.config import (
     PipelineConfig,
     StepConfig,
@@ -21,7 +22,7 @@ from launch.config import (
     step_overrides,
 )
 from launch.registry import STAGES, Stage
-from launch.rundir import RunDirectory
+from launch.rundir import RESERVED_NAMES, RunDirectory
 from launch.stage import StageContext
 from launch.store import Job, Store
 
@@ -45,6 +46,9 @@ def plan(pipeline: PipelineConfig, overrides: Sequence[str]) -> list[PlannedStep
         ValueError: a stage, an input or a configuration is wrong; names the step.
     """
     check_step_prefixes(pipeline, overrides)
+    for name in pipeline.steps:
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in RESERVED_NAMES:
+            raise ValueError(f"step name {name!r} is taken or not a plain word; choose another")
     planned: dict[str, PlannedStep] = {}
     for name, step in pipeline.steps.items():
         try:
@@ -129,7 +133,8 @@ def run_steps(
             job = make_job(step.recipe, step.config, inputs, context=replace(context, step_name=step.name))
             artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
         except ValueError as error:
-            raise type(error)(f"step {step.name}: {error}") from error
+            kind = DamagedArtifactError if isinstance(error, DamagedArtifactError) else ValueError
+            raise kind(f"step {step.name}: {error}") from error
         run.link(step.name, artifact)
         artifacts[step.name] = artifact
         listener.finished(step.name, artifact, cached)
@@ -143,7 +148,11 @@ def make_job(recipe: Recipe, config: Any, inputs: Mapping[str, Artifact], *, con
 
     def body(own: StageContext) -> Any:
         # The body is imported here, not before: a skipped step costs no import of torch.
-        return stage.load_body()(config, inputs, own)
+        result = stage.load_body()(config, inputs, own)
+        externals = stage.load_externals()
+        if externals and externals(config) != recipe.externals:
+            raise ValueError(f"the source of {recipe.stage} changed while it was read; start again")
+        return result
 
     def place(out: Path, resume: Path) -> StageContext:
         return replace(context, out=out, resume=resume)

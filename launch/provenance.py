@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy", "hydra-core")
+ARGV = tuple(sys.argv)
+"""The command as it was typed; a sweep changes ``sys.argv``."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -27,7 +29,7 @@ def _process_provenance() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "dirty_diff_sha256": _dirty_diff(),
-        "argv": sys.argv,
+        "argv": list(ARGV),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "hardware": {"cpu": cpu_name(), "num_cores": os.cpu_count(), "gpus": list(gpu_names())},
@@ -66,9 +68,11 @@ def cpu_name() -> str:
 
 @functools.cache
 def gpu_names() -> tuple[str, ...]:
-    """Names of the NVIDIA GPUs of this machine, asked of the driver so that torch is not needed."""
-    if shutil.which("nvidia-smi") is None:
+    """Names of the NVIDIA GPUs that this process may use, asked of the driver so that torch is not needed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible == "":
         return ()
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    chosen = [] if visible is None else [f"--id={visible}"]
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *chosen]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return tuple(done.stdout.strip().splitlines()) if done.returncode == 0 else ()

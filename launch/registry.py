@@ -23,6 +23,7 @@ from distill.config import (
 from fusion.config import DependencyConfig, FuseConfig
 from launch.stage import StageBody
 from puzzle.config import (
+    AssembleConfig,
     BenchmarkConfig,
     CostConfig,
     ExportConfig,
@@ -101,7 +102,9 @@ class SearchStage:
 
 @dataclass(frozen=True, kw_only=True)
 class AssembleStage:
-    """Configuration of stage assemble: its inputs say everything."""
+    """Configuration of stage assemble."""
+
+    assemble: AssembleConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 
 from launch.artifact import Artifact
 from launch.store import make_directory
+
+RESERVED_NAMES = ("report", "store")
+"""Names that a step may not have: they stand beside the steps' links."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,5 +93,11 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} is not a finished run: it has no steps.json; name a directory under run.root"
             )
-        steps: dict[str, Any] = json.loads(file.read_text())
-        return {step: Artifact.load((self.path / step).resolve()) for step in steps}
+        steps: dict[str, str] = json.loads(file.read_text())
+        artifacts = {step: Artifact.load((self.path / step).resolve()) for step in steps}
+        for step, artifact in artifacts.items():
+            if artifact.manifest.fingerprint != steps[step]:
+                raise ValueError(
+                    f"{self.path} was started again and has not finished: step {step} is another now; finish it first"
+                )
+        return artifacts

@@ -22,6 +22,7 @@ import filelock
 from launch.artifact import (
     MANIFEST_NAME,
     Artifact,
+    DamagedArtifactError,
     InputRecord,
     Manifest,
     Recipe,
@@ -74,7 +75,14 @@ class Store:
         if not (path / MANIFEST_NAME).is_file():
             return None
         artifact = Artifact.load(path)
+        if artifact.manifest.fingerprint != recipe.fingerprint:
+            raise DamagedArtifactError(
+                f"{path} holds the artifact {artifact.manifest.fingerprint[:16]}, not the one that its name says; "
+                f"remove {path} to have the step computed again"
+            )
         self.verify(artifact)
+        # A kill right after the commit leaves the stage's private state behind.
+        shutil.rmtree(self.resume_path(recipe), ignore_errors=True)
         return artifact
 
     def verify(self, artifact: Artifact) -> None:
@@ -122,7 +130,8 @@ class Store:
     def _compute(self, job: Job) -> Artifact:
         out, resume = self.path(job.recipe), self.resume_path(job.recipe)
         # An uncommitted directory is a torn write of a killed attempt; what may be resumed lies apart from it.
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(out)
         started = time.monotonic()
         try:
             make_directory(out)

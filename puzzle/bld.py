@@ -263,7 +263,7 @@ class _Run:
 
     def _add(self, row: Row) -> None:
         if not all(map(math.isfinite, row.values())):
-            raise RuntimeError(
+            raise ValueError(
                 f"BLD: no replacement has a finite error at {row['tokens']:,} tokens; lower library.optim.lr"
             )
         self.curve.append(row)

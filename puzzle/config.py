@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill.config import OptimConfig, RopeConfig, TrainConfig, require
+from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A pretrained parent. Its weights and tokenizer are read as data: no code that comes with it ever runs."""
 
-    source: str | None = None
+    source: str | None = field(default=None, metadata=PLACEMENT)
     """Hub id, or a directory in Hugging Face format, or a GGUF file."""
     revision: str | None = None
     """Hub revision; null: the default branch, resolved to a commit when it is imported."""
@@ -94,6 +94,10 @@ class LibraryConfig:
     """Budget of BLD; every variant of every block learns from the same parent activations."""
     optim: OptimConfig
 
+    def __post_init__(self) -> None:
+        number = self.importance_sequences
+        require(number > 0, f"library.importance_sequences must be > 0, got {number}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
@@ -153,6 +157,13 @@ class HardwareConfig:
     """Sustained memory bandwidth; null: calibrated here."""
     kernel_launch_s: float | None = None
     """Fixed time per kernel or operator; null: calibrated here."""
+
+    def __post_init__(self) -> None:
+        for name in ("flops_per_s", "bytes_per_s"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"costs.hardware.{name} must be > 0, got {value}")
+        launch_s = self.kernel_launch_s
+        require(launch_s is None or launch_s >= 0, f"costs.hardware.kernel_launch_s must be >= 0, got {launch_s}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +229,25 @@ class SearchConfig:
     time_limit_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        for frac in self.pareto_latency_fracs:
+            require(frac > 0, f"search.pareto_latency_fracs must be > 0, got {frac}")
         require(self.num_solutions >= 1, f"search.num_solutions must be >= 1, got {self.num_solutions}")
         require(
             0 < self.min_different_frac <= 1,
             f"search.min_different_frac must be in 0..1, got {self.min_different_frac}",
         )
         require(self.time_limit_seconds > 0, f"search.time_limit_seconds must be > 0, got {self.time_limit_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """Which of the search's solutions becomes the child."""
+
+    solution: int = 0
+    """0: the best one."""
+
+    def __post_init__(self) -> None:
+        require(self.solution >= 0, f"assemble.solution must be >= 0, got {self.solution}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +268,10 @@ class PruneAttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_attentions", "num_sequences", "seq_len", "batch_size"):
             require(getattr(self, name) > 0, f"prune_attention.{name} must be > 0, got {getattr(self, name)}")
+        require(
+            self.keep_first_blocks >= 0,
+            f"prune_attention.keep_first_blocks must be >= 0, got {self.keep_first_blocks}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,5 +296,8 @@ class ExportConfig:
         "transformers",
         "vllm",
     )
-    """Engines that the compatibility report covers; one that cannot load the model makes the stage fail."""
+    """Engines that must be able to load it: one that cannot makes the stage fail. The report covers all."""
     max_shard_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.max_shard_gib > 0, f"export.max_shard_gib must be > 0, got {self.max_shard_gib}")

@@ -32,7 +32,7 @@ def attention_variants(parent: Architecture, index: int, space: SpaceConfig) -> 
             )
             variants.append(AttentionConfig(num_kv_heads=heads))
     removable = space.keep_first_blocks <= index < parent.num_blocks - space.keep_last_blocks
-    if removable and space.attention_linear:
+    if removable and space.attention_linear and own.kind == "gqa":
         variants.append(AttentionConfig(kind="linear"))
     if removable and space.attention_no_op:
         variants.append(NO_ATTENTION)
@@ -46,7 +46,7 @@ def ffn_variants(parent: Architecture, index: int, space: SpaceConfig) -> tuple[
     if own.ffn_dim is not None:
         widths = (round_up_ffn_dim(frac * own.ffn_dim) for frac in space.ffn_fracs)
         variants.extend(FFNConfig(ffn_dim=width) for width in widths if width < own.ffn_dim)
-    if space.ffn_linear:
+    if space.ffn_linear and own.kind == "swiglu":
         variants.append(FFNConfig(kind="linear"))
     if space.ffn_no_op:
         variants.append(NO_FFN)

@@ -294,8 +294,12 @@ class CostFile:
             ValueError: a field is missing, a cost is negative or not finite, or a row stands twice.
         """
         content = _read_json(path)
-        for table in content.get("tables", {}).values():
-            table["workload"] = content.get("workload")
+        tables = content.get("tables")
+        if isinstance(tables, dict):
+            content["tables"] = {
+                name: {**table, "workload": content.get("workload")} if isinstance(table, dict) else table
+                for name, table in tables.items()
+            }
         return _from_json(cls, content, path)
 
 
@@ -318,9 +322,11 @@ def _require_numbers(record: Any, where: str, *, minimum: float) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
 
 
 def _from_json(kind: type[Record], content: dict[str, Any], path: Path) -> Record:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -55,6 +56,7 @@ class SplitWriter:
         dtype = np.uint16 if vocab_size < 1 << 16 else np.uint32
         self._path = path
         self._array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(budget_tokens,))
+        _reserve(path)
         self.num_tokens = 0
         self.num_documents = 0
 
@@ -83,6 +85,13 @@ class SplitWriter:
             cut = self._path.with_suffix(".cut.npy")
             np.save(cut, self._array[: self.num_tokens], allow_pickle=False)
             cut.replace(self._path)
+
+
+def _reserve(path: Path) -> None:
+    """Claim the disk blocks of a sparse file: a store to a mapped page of a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
 
 
 def training_texts(data: DataConfig, *, seed: int) -> Iterator[str]:

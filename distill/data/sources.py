@@ -218,7 +218,7 @@ def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
 def _hub_documents(source: SourceConfig) -> Iterator[str]:
     from datasets import load_dataset
 
-    rows = load_dataset(source.path, name=source.subset, split=source.split, streaming=True)
+    rows = load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True)
     for row in rows:
         yield _row_text(row, source.text_field, f"{source.path}, split {source.split}")
 

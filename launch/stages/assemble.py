@@ -15,13 +15,21 @@ from puzzle.model.stats import num_params
 
 
 def run(config: AssembleStage, inputs: Inputs, context: StageContext) -> StageResult:
-    """Write the child of the best solution."""
+    """Write the child of one solution."""
     require_own_library(inputs["parent"], inputs["library"])
-    solutions = json.loads((inputs["solution"].path / "solution.json").read_text())["solutions"]
-    require(len(solutions) > 0, "solution.json holds no solution; search again with wider budgets (search.constraint)")
+    found = json.loads((inputs["solution"].path / "solution.json").read_text())
+    own, index, solutions = inputs["parent"].manifest.fingerprint, config.assemble.solution, found["solutions"]
+    require(
+        found["parent"] == own,
+        f"the solution is for model {found['parent'][:12]}, parent is {own[:12]}; name the parent that was searched",
+    )
+    require(
+        index < len(solutions),
+        f"assemble.solution={index}, but the search found {len(solutions)}; lower it, or raise search.num_solutions",
+    )
     parent_dir = inputs["parent"].path
     parent = read_architecture(parent_dir)
-    child = assemble(parent_dir, BlockLibrary.open(inputs["library"].path), solutions[0]["blocks"], context.out)
+    child = assemble(parent_dir, BlockLibrary.open(inputs["library"].path), solutions[index]["blocks"], context.out)
     num_changed = sum(own != new for own, new in zip(parent.blocks, child.blocks, strict=True))
     num_attention_free = sum(block.attention.is_no_op for block in child.blocks)
     before, after = num_params(parent), num_params(child)

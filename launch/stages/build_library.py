@@ -35,16 +35,18 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
     )
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, parent_dir, "parent")
-    calibration = dataset.split("calibration").first(config.library.importance_sequences, train.seq_len)
+    # Apart from the validation split, on which children are judged later.
+    num_ranking = config.library.importance_sequences
+    calibration = dataset.split("calibration").first(num_ranking + train.eval_sequences, train.seq_len)
     settings = BldSettings(
         train=train,
         optim=config.library.optim,
         engine=config.engine,
         batches=Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed),
-        held_out=dataset.split("validation").first(train.eval_sequences, train.seq_len),
+        held_out=calibration[num_ranking:],
     )
     parent = load_model(parent_dir, device=resolve_device(config.engine), dtype=resolve_dtype(config.engine))
-    contributions = channel_contributions(parent, calibration, batch_size=settings.micro_batch)
+    contributions = channel_contributions(parent, calibration[:num_ranking], batch_size=settings.micro_batch)
     rankings = {index: rank_channels(values) for index, values in contributions.items()}
     with (
         TensorReader(parent_dir) as reader,

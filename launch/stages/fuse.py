@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from distill.config import require
 from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from fusion.fuse import fuse_checkpoint
 from fusion.grouping import Matrix, format_groups, fusion_groups, largest_dependency
 from fusion.verify import GroupErrors, verify_fusion
+from launch.artifact import Artifact
 from launch.registry import FuseStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.model.architecture import Architecture
@@ -24,6 +27,7 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
     norm = config.fuse.norm
     matrix = None
     if "dependency" in inputs:
+        _require_own_matrix(inputs["model"], inputs["dependency"])
         matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
     unfused = read_architecture(model_dir)
     groups = fusion_groups(unfused, config.fuse, matrix)
@@ -40,7 +44,7 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
     content = {"groups": records, "norm": norm, "verify": {**worst, "groups": [asdict(error) for error in errors]}}
     (context.out / FUSION_NAME).write_text(json.dumps(content, indent=1) + "\n")
     return StageResult(
-        headline=_headline(unfused, fused, errors),
+        headline=_headline(unfused, fused, errors, records),
         metrics={
             "num_blocks_before": unfused.num_blocks,
             "num_blocks": fused.num_blocks,
@@ -48,6 +52,15 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
             "groups": records,
             **worst,
         },
+    )
+
+
+def _require_own_matrix(model: Artifact, dependency: Artifact) -> None:
+    measured = dependency.manifest.inputs["model"].fingerprint
+    require(
+        measured == model.manifest.fingerprint,
+        f"the dependency matrix is of model {measured[:12]}, the model to fuse is {model.manifest.fingerprint[:12]}; "
+        "measure the dependency of this model",
     )
 
 
@@ -62,12 +75,17 @@ def _record(fused: Architecture, group: GroupErrors, matrix: Matrix | None) -> d
     }
 
 
-def _headline(unfused: Architecture, fused: Architecture, errors: tuple[GroupErrors, ...]) -> str:
+def _headline(
+    unfused: Architecture, fused: Architecture, errors: tuple[GroupErrors, ...], records: Sequence[Mapping[str, Any]]
+) -> str:
     num_members = sum(error.last - error.first + 1 for error in errors)
     members = format_groups([(error.first, error.last) for error in errors])
     widths = sorted({fused.blocks[error.block].ffn.ffn_dim or 0 for error in errors}, reverse=True)
     worst = max(error.max_relative_error_fp32 for error in errors)
+    dependencies = [record["largest_dependency"] for record in records if record["largest_dependency"] is not None]
+    dependency = f", dependency up to {max(dependencies):.2g}" if dependencies else ""
     return (
-        f"{num_members} FFNs -> {len(errors)} fused (blocks {members}), width {' and '.join(map(str, widths))}; "
-        f"{unfused.num_blocks} -> {fused.num_blocks} blocks; equal to the parallel sum to {worst:.0e}"
+        f"{num_members} FFNs -> {len(errors)} fused (blocks {members}{dependency}), "
+        f"width {' and '.join(map(str, widths))}; {unfused.num_blocks} -> {fused.num_blocks} blocks; "
+        f"equal to the parallel sum to {worst:.0e}"
     )

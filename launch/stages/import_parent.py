@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from distill.config import require
-from launch.externals import hub_snapshot, local_model
+from launch.externals import hub_commit, hub_snapshot, local_model
 from launch.registry import ImportParentStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.config import ModelConfig
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TOKENIZER_FILES, has_tokenizer
-from puzzle.model.convert import import_hf
+from puzzle.model.convert import import_hf, source_architecture
 
 HUB_FILES = ["model*.safetensors*", "*.json", *TOKENIZER_FILES]
 """Beside these, hubs keep the same weights in other formats and pickles that are never read."""
@@ -36,14 +36,17 @@ def _checkpoint(model: ModelConfig) -> Path:
     if path is not None:
         return path
     assert model.source is not None
-    return hub_snapshot(model.source, model.revision, allow_patterns=HUB_FILES)
+    # The commit that the fingerprint names, even if the branch has moved since.
+    commit = hub_commit(model.source, model.revision)
+    return hub_snapshot(model.source, commit, allow_patterns=HUB_FILES)
 
 
 def _import(source: Path, out: Path, dtype: torch.dtype) -> Architecture:
     if source.is_file():
         return _import_gguf(source, out, dtype)
+    source_architecture(source)  # What cannot be imported at all is said first.
     require(
-        not (source / "config.json").is_file() or has_tokenizer(source),
+        has_tokenizer(source),
         f"model.source={source} has no tokenizer.json or tokenizer.model; put the model's tokenizer beside its weights",
     )
     return import_hf(source, out, dtype=dtype)
@@ -54,6 +57,6 @@ def _import_gguf(source: Path, out: Path, dtype: torch.dtype) -> Architecture:
         from puzzle.model.gguf import import_gguf
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"model.source={source} is a GGUF file, which needs package {error.name}; run `pip install .[gguf]`"
+            f"model.source={source} is a GGUF file, which needs package {error.name}; run `pip install -e '.[gguf]'`"
         ) from error
     return import_gguf(source, out, dtype=dtype)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.config import require
+from fusion.config import FuseConfig
 from launch.registry import SearchStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.mip import Problem, Solution, budgets_of, build_problem, find_solutions, pareto_front
@@ -25,6 +26,9 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
         search.cost_table in costs.tables,
         f"search.cost_table={search.cost_table} is not in costs.json, which has {', '.join(costs.tables)}",
     )
+    _require_same_parent(inputs)
+    if search.fusion_aware:
+        _require_modelled(config.fuse)
     parent = [block.name for block in architecture_from_config(costs.architecture).blocks]
     problem = build_problem(
         scores.by_block(search.metric),
@@ -41,6 +45,7 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
         "metric": search.metric,
         "latency": search.latency,
         "cost_table": search.cost_table,
+        "parent": inputs["scores"].manifest.inputs["parent"].fingerprint,
         "hardware": costs.hardware,
         "workload": asdict(costs.workload),
         "solutions": rows,
@@ -50,6 +55,26 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
     (context.out / "solution.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     metrics = {key: value for key, value in rows[0].items() if key != "blocks"}
     return StageResult(headline=_headline(problem, solutions), metrics={**metrics, "num_solutions": len(solutions)})
+
+
+def _require_same_parent(inputs: Inputs) -> None:
+    parents = {name: inputs[name].manifest.inputs["parent"].fingerprint for name in ("scores", "costs")}
+    require(
+        parents["scores"] == parents["costs"],
+        f"the scores are of model {parents['scores'][:12]}, the costs of model {parents['costs'][:12]}; "
+        "take both from one parent",
+    )
+
+
+def _require_modelled(fuse: FuseConfig) -> None:
+    """The fusion-aware cost merges whole runs; settings that split or shorten them would make it a wrong promise."""
+    default = FuseConfig()
+    for name in ("min_length", "max_ffn_dim", "max_dependency", "groups"):
+        require(
+            getattr(fuse, name) == getattr(default, name),
+            f"fuse.{name}={getattr(fuse, name)} is not in the search's fusion-aware cost; set it for the fuse step "
+            f"alone (steps.<fuse step>.fuse.{name}=...) or set search.fusion_aware=false",
+        )
 
 
 def _row(problem: Problem, solution: Solution) -> dict[str, Any]:

@@ -52,10 +52,7 @@ def import_hf(source: Path, out: Path, *, dtype: torch.dtype) -> Architecture:
         ValueError: ``source`` is no safetensors checkpoint, its family or a setting is not supported, or its tensors
             are not those of its configuration. Nothing is written then.
     """
-    _require_checkpoint(source)
-    config = read_json(source / "config.json")
-    own_format = config.get("model_type") == MODEL_TYPE
-    architecture = architecture_from_config(config) if own_format else dense_architecture(config)
+    architecture = source_architecture(source)
     with TensorReader(source) as reader:
         names = [name for name in reader.names() if not name.endswith(_ROTARY_BUFFER)]
         if architecture.tie_embeddings and HEAD in reader:
@@ -68,6 +65,18 @@ def import_hf(source: Path, out: Path, *, dtype: torch.dtype) -> Architecture:
     if has_tokenizer(source):
         copy_tokenizer(source, out)
     return architecture
+
+
+def source_architecture(source: Path) -> Architecture:
+    """What the Hugging Face checkpoint ``source`` will be in our format.
+
+    Raises:
+        ValueError: ``source`` is no safetensors checkpoint, or its family or a setting is not supported.
+    """
+    _require_checkpoint(source)
+    config = read_json(source / "config.json")
+    own_format = config.get("model_type") == MODEL_TYPE
+    return architecture_from_config(config) if own_format else dense_architecture(config)
 
 
 def export_hf(model_dir: Path, out: Path, *, max_shard_bytes: int = 4 * 2**30) -> None:

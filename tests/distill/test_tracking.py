@@ -82,7 +82,7 @@ def test_wandb_is_not_imported_unless_asked_for(tmp_path: Path, monkeypatch: pyt
 
 def test_a_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"pip install \.\[wandb\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[wandb\]'"):
         _tracker(tmp_path, wandb="offline")
 
 

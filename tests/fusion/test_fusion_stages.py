@@ -27,8 +27,9 @@ def context(out: Path) -> StageContext:
     return StageContext(out=out, resume=out.parent / "resume", run_name="test", step_name=out.name)
 
 
-def artifact(path: Path) -> SimpleNamespace:
-    return SimpleNamespace(path=path)
+def artifact(path: Path, *, fingerprint: str = "a" * 64, model: str = "a" * 64) -> SimpleNamespace:
+    manifest = SimpleNamespace(fingerprint=fingerprint, inputs={"model": SimpleNamespace(fingerprint=model)})
+    return SimpleNamespace(path=path, manifest=manifest)
 
 
 @pytest.fixture
@@ -87,9 +88,7 @@ def test_measure_then_fuse(tmp_path, child, data):
     assert written["groups"] == result.metrics["groups"] == [record]
     assert written["norm"] == "folded"
     assert 0 < written["verify"]["max_relative_error_fp32"] < 1e-6
-    assert result.headline.startswith(
-        "3 FFNs -> 1 fused (blocks 1-3), width 1024; 8 -> 6 blocks; equal to the parallel"
-    )
+    assert result.headline.startswith("3 FFNs -> 1 fused (blocks 1-3, dependency up to 0.")
     assert load_model(tmp_path / "fused").config.num_hidden_layers == 6
     assert tokenizer_sha256(tmp_path / "fused") == tokenizer_sha256(child)
 
@@ -124,3 +123,13 @@ def test_model_without_an_attention_free_run_is_measured_too(tmp_path, make_chec
     result = measure(tmp_path / "dense", data, tmp_path / "dependency")
     assert result.metrics["attention_free_runs"] == []
     assert "no two neighbouring blocks without attention" in result.headline
+
+
+def test_matrix_of_another_model_is_refused(tmp_path, child):
+    dependency = artifact(tmp_path, model="b" * 64)
+    with pytest.raises(ValueError, match="the dependency matrix is of model bbbbbbbbbbbb"):
+        fuse.run(
+            FuseStage(fuse=FuseConfig()),
+            {"model": artifact(child), "dependency": dependency},
+            context(tmp_path / "fused"),
+        )

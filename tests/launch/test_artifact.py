@@ -78,11 +78,12 @@ def test_size_check_does_not_read_content(tmp_path: Path) -> None:
         artifact.verify(checksums=True)
 
 
-def test_altered_manifest_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("field_name", "value"), [("config", {"norm": "last"}), ("kind", "data"), ("tokens", {})])
+def test_altered_manifest_is_found(tmp_path: Path, field_name: str, value: object) -> None:
     committed(tmp_path / "a")
     file = tmp_path / "a" / MANIFEST_NAME
     content = json.loads(file.read_text())
-    content["config"]["norm"] = "last"
+    content[field_name] = value
     file.write_text(json.dumps(content))
     with pytest.raises(DamagedArtifactError, match="was altered"):
         Artifact.load(tmp_path / "a")

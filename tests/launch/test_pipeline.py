@@ -97,6 +97,21 @@ def test_run_directory_remembers_its_steps(stages: None, tmp_path: Path) -> None
     assert {name: a.manifest for name, a in read.items()} == {name: a.manifest for name, a in artifacts.items()}
 
 
+def test_run_that_was_started_again_is_not_mixed(stages: None, tmp_path: Path) -> None:
+    execute(tmp_path, [])
+    other, _ = execute(tmp_path / "other", ["seed=5"])
+    run_directory = RunDirectory(root=tmp_path, name="run")
+    run_directory.link("first", other["first"])
+    with pytest.raises(ValueError, match="was started again and has not finished: step first"):
+        run_directory.read_steps()
+
+
+@pytest.mark.parametrize("name", ["report", "store", "a b"])
+def test_step_names_that_stand_for_something_else_are_refused(stages: None, name: str) -> None:
+    with pytest.raises(ValueError, match="is taken or not a plain word"):
+        plan(two_steps(**{name: StepConfig(stage="make")}), [])
+
+
 def test_two_runs_of_one_name_at_once_are_refused(tmp_path: Path) -> None:
     first, second = RunDirectory(root=tmp_path, name="run"), RunDirectory(root=tmp_path, name="run")
     with first.held(), pytest.raises(ValueError, match=r"a run named 'run' is going on"), second.held():

@@ -28,8 +28,9 @@ WORKLOAD = WorkloadConfig(prefill_tokens=16, generated_tokens=8)
 COSTS = MeasureCostsStage(space=SPACE, workload=WORKLOAD, costs=CostConfig(repeats=1, warmup=0), engine=ENGINE)
 
 
-def artifact(path: Path) -> SimpleNamespace:
-    return SimpleNamespace(path=path)
+def artifact(path: Path, *, parent: str = "a" * 64) -> SimpleNamespace:
+    manifest = SimpleNamespace(inputs={"parent": SimpleNamespace(fingerprint=parent)})
+    return SimpleNamespace(path=path, manifest=manifest)
 
 
 @pytest.fixture
@@ -191,3 +192,18 @@ def test_benchmark_beyond_the_positions(context, models):
     config = BenchmarkStage(benchmark=BenchmarkConfig(), workload=workload, engine=ENGINE)
     with pytest.raises(ValueError, match="256 positions of parent"):
         benchmark.run(config, models, context("benchmark"))
+
+
+def test_scores_and_costs_of_different_parents_are_refused(context, scores, measured):
+    config = SearchStage(search=SearchConfig(constraint=ConstraintConfig(latency_ms=14.3)), fuse=FuseConfig())
+    inputs = {"scores": artifact(scores), "costs": artifact(measured[0], parent="b" * 64)}
+    with pytest.raises(ValueError, match="scores are of model aaaaaaaaaaaa, the costs of model bbbbbbbbbbbb"):
+        search.run(config, inputs, context("search"))
+
+
+@pytest.mark.parametrize("setting", [{"max_ffn_dim": 512}, {"min_length": 3}, {"max_dependency": 0.1}])
+def test_fusion_that_the_cost_does_not_model_is_refused(context, scores, measured, setting):
+    config = SearchStage(search=SearchConfig(constraint=ConstraintConfig(latency_ms=14.3)), fuse=FuseConfig(**setting))
+    inputs = {"scores": artifact(scores), "costs": artifact(measured[0])}
+    with pytest.raises(ValueError, match=f"fuse.{next(iter(setting))}=.* is not in the search's fusion-aware cost"):
+        search.run(config, inputs, context("search"))

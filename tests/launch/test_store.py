@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,11 @@ def test_two_processes_compute_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert said == ["cached=False", "cached=True", "computed"]
+
+
+def test_artifact_under_another_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, _ = store.get_or_compute(job(write, value=1), on_wait=silent)
+    shutil.copytree(first.path, store.path(job(write, value=2).recipe))
+    with pytest.raises(DamagedArtifactError, match="not the one that its name says"):
+        store.get_or_compute(job(refuse, value=2), on_wait=silent)

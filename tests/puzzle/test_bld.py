@@ -275,7 +275,7 @@ def test_training_leaves_the_parent_alone_and_reports_divergence(
     trainees.step(ToyBatches().batch(0), lr=1e-3, micro_batch=4)
     fresh = load_model(lively_parent_dir).state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainees.parent.state_dict().items())
-    with pytest.raises(RuntimeError, match=r"no replacement has a finite error .* lower library\.optim\.lr"):
+    with pytest.raises(ValueError, match=r"no replacement has a finite error .* lower library\.optim\.lr"):
         build(tmp_path, lively_parent_dir, space, replace(settings, optim=OptimConfig(lr=1e30)))
 
 

@@ -39,8 +39,9 @@ def test_hub_model_is_fetched_without_pickles_or_code(
         return pico_parent_dir
 
     monkeypatch.setattr(import_parent, "hub_snapshot", hub_snapshot)
+    monkeypatch.setattr(import_parent, "hub_commit", lambda repository, revision: f"commit of {repository}@{revision}")
     _run(tmp_path / "out", source="owner/pico", revision="v1")
-    assert (asked["repository"], asked["revision"]) == ("owner/pico", "v1")
+    assert (asked["repository"], asked["revision"]) == ("owner/pico", "commit of owner/pico@v1")
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"][1:])
     assert read_architecture(tmp_path / "out").num_blocks == 4
 
@@ -58,5 +59,5 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
     (tmp_path / "pico.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "puzzle.model.gguf", raising=False)
-    with pytest.raises(ValueError, match=r"needs package gguf; run `pip install \.\[gguf\]`"):
+    with pytest.raises(ValueError, match=r"needs package gguf; run `pip install -e '\.\[gguf\]'`"):
         _run(tmp_path / "out", source=str(tmp_path / "pico.gguf"))

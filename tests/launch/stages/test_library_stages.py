@@ -14,7 +14,7 @@ from distill.data.tokenizer import tokenizer_sha256
 from launch.registry import AssembleStage, BuildLibraryStage, PruneAttentionStage, ScoreLibraryStage
 from launch.stage import StageContext, StageResult
 from launch.stages import assemble, build_library, prune_attention, score_library
-from puzzle.config import LibraryConfig, PruneAttentionConfig, ScoreConfig, SpaceConfig
+from puzzle.config import AssembleConfig, LibraryConfig, PruneAttentionConfig, ScoreConfig, SpaceConfig
 from puzzle.library import BlockLibrary
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.tables import ScoreTable
@@ -89,12 +89,31 @@ def test_from_parent_to_child(tmp_path: Path, parent: SimpleNamespace, data: Sim
 
     variants = ["kv1+w512", "no_op+w512", "no_op+w256", "kv2+w512"]
     (tmp_path / "solution").mkdir()
-    (tmp_path / "solution" / "solution.json").write_text(json.dumps({"solutions": [{"blocks": variants}]}))
+    (tmp_path / "solution" / "solution.json").write_text(
+        json.dumps({"parent": "a" * 64, "solutions": [{"blocks": variants}]})
+    )
     inputs = {"parent": parent, "library": library, "solution": artifact(tmp_path / "solution")}
-    assembled = assemble.run(AssembleStage(), inputs, context(tmp_path / "child"))
+    assembled = assemble.run(AssembleStage(assemble=AssembleConfig()), inputs, context(tmp_path / "child"))
     assert assembled.headline.startswith("3 of 4 blocks replaced, 2 without attention")
     assert [block.name for block in read_architecture(tmp_path / "child").blocks] == variants
     assert load_model(tmp_path / "child").num_parameters() == assembled.metrics["params"]
+
+
+@pytest.mark.parametrize(
+    ("parent_of", "index", "message"),
+    [
+        ("b" * 64, 0, "the solution is for model bbbbbbbbbbbb"),
+        ("a" * 64, 1, "assemble.solution=1, but the search found 1"),
+    ],
+)
+def test_solution_that_does_not_fit_is_refused(
+    tmp_path: Path, parent: SimpleNamespace, parent_of: str, index: int, message: str
+) -> None:
+    solution = {"parent": parent_of, "solutions": [{"blocks": ["kv2+w512"] * 4}]}
+    (tmp_path / "solution.json").write_text(json.dumps(solution))
+    inputs = {"parent": parent, "library": artifact(tmp_path, parent="a" * 64), "solution": artifact(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        assemble.run(AssembleStage(assemble=AssembleConfig(solution=index)), inputs, context(tmp_path / "child"))
 
 
 def test_library_of_another_parent_is_refused(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
