@@ -50,7 +50,8 @@ class Tracker:
                 group=run_name,
                 job_type=stage,
                 name=f"{run_name}/{step_name}",
-                id=hashlib.sha256(f"{run_name}/{step_name}".encode()).hexdigest()[:16],
+                # The directory is named by the fingerprint: another recipe under the same names is another run.
+                id=hashlib.sha256(f"{run_name}/{step_name}/{path.parent.name}".encode()).hexdigest()[:16],
                 resume="allow",
                 config=dict(settings),
             )

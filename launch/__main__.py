@@ -132,8 +132,8 @@ def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
 def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     stage = STAGES[name]
     inputs = {key: Artifact.load(Path(path).resolve()) for key, path in inputs_of(overrides).items()}
-    check_inputs(stage, {key: artifact.manifest.kind for key, artifact in inputs.items()})
     config = compose_stage(stage.config, overrides)
+    check_inputs(stage, config, {key: artifact.manifest.kind for key, artifact in inputs.items()})
     recipe = make_recipe(name, config, {key: artifact.manifest.fingerprint for key, artifact in inputs.items()})
     settings, run, store = _settings(name, None, overrides)
     if dry_run:

@@ -166,6 +166,19 @@ def _way_out(path: Path) -> str:
     return f"restore it, or remove {path} to have the step computed again"
 
 
+def require_made_from(product: Artifact, input_name: str, source: Artifact, *, what: str) -> None:
+    """Raise ``ValueError`` unless ``source`` is the artifact that ``product`` had as its input ``input_name``.
+
+    ``what`` names the product in the error: "library".
+    """
+    used, given = product.manifest.inputs[input_name].fingerprint, source.manifest.fingerprint
+    if used != given:
+        raise ValueError(
+            f"the {what} was made from {input_name} {used[:12]}, the {input_name} given is {given[:12]}; "
+            f"give the one that it was made from, or make a {what} of this one"
+        )
+
+
 def commit(path: Path, manifest: Manifest) -> Artifact:
     """Turn the finished directory ``path`` into an artifact by writing its manifest, flushed to disk and renamed."""
     manifest = replace(manifest, digest=manifest.content_digest)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sysconfig
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,18 @@ def hub_commit(repository: str, revision: str | None, *, kind: str = "model") ->
     return hub_snapshot(repository, revision, kind=kind, allow_patterns=[small_file]).name
 
 
-def hub_snapshot(repository: str, revision: str | None, *, allow_patterns: list[str], kind: str = "model") -> Path:
+def hub_snapshot(
+    repository: str,
+    revision: str | None,
+    *,
+    allow_patterns: list[str],
+    kind: str = "model",
+    is_whole: Callable[[Path], bool] = Path.is_dir,
+) -> Path:
     """Directory with the top-level files of a hub repository that match, downloaded unless cached; named by its commit.
+
+    ``is_whole`` says whether a directory of the cache may stand for the repository when the hub is out of reach: an
+    earlier look at one small file leaves a directory there too.
 
     Raises:
         ValueError: neither the hub nor the cache has it.
@@ -134,7 +145,7 @@ def hub_snapshot(repository: str, revision: str | None, *, allow_patterns: list[
     # Some versions look up a pinned commit on the hub even when offline, so the cache is asked for by itself.
     for local_files_only in (False, True):
         try:
-            return Path(
+            path = Path(
                 snapshot_download(
                     repository,
                     repo_type=kind,
@@ -144,6 +155,8 @@ def hub_snapshot(repository: str, revision: str | None, *, allow_patterns: list[
                     local_files_only=local_files_only,
                 )
             )
+            if not local_files_only or is_whole(path):
+                return path
         except Exception as error:  # errors of the hub's HTTP library come through, another one in every version
             failure = failure or error
     reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]

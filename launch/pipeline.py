@@ -69,8 +69,8 @@ def _plan_step(
             raise ValueError(
                 f"input {source!r} is not an earlier step; earlier steps are {', '.join(earlier) or 'none'}"
             )
-    check_inputs(stage, {key: earlier[source].stage.output for key, source in step.inputs.items()})
     config = compose_stage(stage.config, overrides)
+    check_inputs(stage, config, {key: earlier[source].stage.output for key, source in step.inputs.items()})
     fingerprints = {key: earlier[source].recipe.fingerprint for key, source in step.inputs.items()}
     recipe = make_recipe(step.stage, config, fingerprints)
     return PlannedStep(name=name, stage=stage, recipe=recipe, config=config, inputs=step.inputs)
@@ -89,12 +89,14 @@ def make_recipe(stage_name: str, config: Any, input_fingerprints: Mapping[str, s
     )
 
 
-def check_inputs(stage: Stage, kinds: Mapping[str, str]) -> None:
-    """Compare the inputs given (name -> kind) with those the stage takes.
+def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
+    """Compare the inputs given (name -> kind) with those that the stage and its configuration take.
 
     Raises:
         ValueError: an input is missing, unknown, or of another kind.
     """
+    if hasattr(config, "check_inputs"):
+        config.check_inputs(kinds)
     for name in stage.inputs:
         if name not in kinds:
             raise ValueError(f"input {name!r} of kind {stage.inputs[name]} is missing; give inputs.{name}=<artifact>")

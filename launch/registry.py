@@ -7,7 +7,7 @@ nodes, the inputs' fingerprints, the stage's version and its externals make up t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from distill.config import (
     ObjectiveConfig,
     OptimConfig,
     TrainConfig,
+    require,
 )
 from fusion.config import DependencyConfig, FuseConfig
 from launch.stage import StageBody
@@ -51,6 +52,13 @@ class PrepareDataStage:
 
     data: DataConfig
     seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            self.data.tokenizer != "parent" or "parent" in names,
+            "data.tokenizer=parent needs the input `parent`; name one, or set data.tokenizer=train",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +158,14 @@ class ExtendContextStage:
     optim: OptimConfig
     engine: EngineConfig
     seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            not self.objective.needs_teacher or "teacher" in names,
+            f"objective.kld={self.objective.kld} and objective.hidden_cosine={self.objective.hidden_cosine} need the "
+            "input `teacher`; name one, or train on the data alone with objective=lm",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

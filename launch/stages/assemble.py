@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from distill.config import require
+from launch.artifact import require_made_from
 from launch.registry import AssembleStage
 from launch.stage import Inputs, StageContext, StageResult
-from launch.stages.score_library import require_own_library
 from puzzle.assemble import assemble
 from puzzle.library import BlockLibrary
 from puzzle.model.checkpoint import read_architecture
@@ -16,7 +16,7 @@ from puzzle.model.stats import num_params
 
 def run(config: AssembleStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Write the child of one solution."""
-    require_own_library(inputs["parent"], inputs["library"])
+    require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
     found = json.loads((inputs["solution"].path / "solution.json").read_text())
     own, index, solutions = inputs["parent"].manifest.fingerprint, config.assemble.solution, found["solutions"]
     require(

@@ -84,11 +84,7 @@ def _require_teacher(config: ExtendContextStage, inputs: Inputs, dataset: TokenD
     objective = config.objective
     if not objective.needs_teacher:
         return ()
-    require(
-        "teacher" in inputs,
-        f"objective.kld={objective.kld} and objective.hidden_cosine={objective.hidden_cosine} need the input "
-        "`teacher`; name one, or train on the data alone with objective=lm",
-    )
+    config.check_inputs(inputs)
     teacher_dir = inputs["teacher"].path
     require_same_tokenizer(dataset, teacher_dir, "teacher")
     teacher = read_architecture(teacher_dir)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from distill.config import require
 from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from fusion.fuse import fuse_checkpoint
 from fusion.grouping import Matrix, format_groups, fusion_groups, largest_dependency
 from fusion.verify import GroupErrors, verify_fusion
-from launch.artifact import Artifact
+from launch.artifact import require_made_from
 from launch.registry import FuseStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.model.architecture import Architecture
@@ -27,7 +26,7 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
     norm = config.fuse.norm
     matrix = None
     if "dependency" in inputs:
-        _require_own_matrix(inputs["model"], inputs["dependency"])
+        require_made_from(inputs["dependency"], "model", inputs["model"], what="dependency matrix")
         matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
     unfused = read_architecture(model_dir)
     groups = fusion_groups(unfused, config.fuse, matrix)
@@ -52,15 +51,6 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
             "groups": records,
             **worst,
         },
-    )
-
-
-def _require_own_matrix(model: Artifact, dependency: Artifact) -> None:
-    measured = dependency.manifest.inputs["model"].fingerprint
-    require(
-        measured == model.manifest.fingerprint,
-        f"the dependency matrix is of model {measured[:12]}, the model to fuse is {model.manifest.fingerprint[:12]}; "
-        "measure the dependency of this model",
     )
 
 

@@ -38,7 +38,11 @@ def _checkpoint(model: ModelConfig) -> Path:
     assert model.source is not None
     # The commit that the fingerprint names, even if the branch has moved since.
     commit = hub_commit(model.source, model.revision)
-    return hub_snapshot(model.source, commit, allow_patterns=HUB_FILES)
+    return hub_snapshot(model.source, commit, allow_patterns=HUB_FILES, is_whole=_is_whole)
+
+
+def _is_whole(directory: Path) -> bool:
+    return any(directory.glob("model*.safetensors")) and has_tokenizer(directory)
 
 
 def _import(source: Path, out: Path, dtype: torch.dtype) -> Architecture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from distill.config import require
 from distill.data.packing import pack, training_texts
 from distill.data.tokenizer import train_tokenizer
 from launch.quantities import scaled
@@ -14,10 +13,7 @@ from puzzle.model.checkpoint import copy_tokenizer
 def run(config: PrepareDataStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Train or copy the tokenizer, then fill the splits."""
     data = config.data
-    require(
-        data.tokenizer == "train" or "parent" in inputs,
-        "data.tokenizer=parent, but the step has no input parent; give it one (a model), or set data.tokenizer=train",
-    )
+    config.check_inputs(inputs)
     if data.tokenizer == "train":
         train_tokenizer(training_texts(data, seed=config.seed), data.vocab_size, context.out)
     else:

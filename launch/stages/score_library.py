@@ -6,7 +6,7 @@ from distill.config import require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
-from launch.artifact import Artifact
+from launch.artifact import require_made_from
 from launch.registry import ScoreLibraryStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.library import BlockLibrary
@@ -22,7 +22,7 @@ NUM_NAMED = 3
 
 def run(config: ScoreLibraryStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Write ``scores.json``."""
-    require_own_library(inputs["parent"], inputs["library"])
+    require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
     parent_dir, seq_len = inputs["parent"].path, config.scores.seq_len
     architecture = read_architecture(parent_dir)
     library = BlockLibrary.open(inputs["library"].path)
@@ -50,16 +50,6 @@ def run(config: ScoreLibraryStage, inputs: Inputs, context: StageContext) -> Sta
             "parent_lm_loss": scores.parent["lm_loss"],
             "cheapest_attention_removals": removals,
         },
-    )
-
-
-def require_own_library(parent: Artifact, library: Artifact) -> None:
-    """``ValueError`` unless the library was built from this very parent."""
-    built_from = library.manifest.inputs["parent"].fingerprint
-    require(
-        built_from == parent.manifest.fingerprint,
-        f"the library was built from model {built_from[:12]}, parent is {parent.manifest.fingerprint[:12]}; "
-        "name the parent that build_library had",
     )
 
 

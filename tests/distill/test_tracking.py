@@ -77,7 +77,9 @@ def test_a_resumed_file_holds_the_rows_of_the_resume_point_alone(tmp_path: Path)
 
 def test_wandb_is_not_imported_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    _tracker(tmp_path).close()
+    with _tracker(tmp_path) as tracker:
+        tracker.log({"tokens": 1})
+    assert _rows(tmp_path) == [{"tokens": 1}]
 
 
 def test_a_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_model_without_an_attention_free_run_is_measured_too(tmp_path, make_chec
 
 def test_matrix_of_another_model_is_refused(tmp_path, child):
     dependency = artifact(tmp_path, model="b" * 64)
-    with pytest.raises(ValueError, match="the dependency matrix is of model bbbbbbbbbbbb"):
+    with pytest.raises(ValueError, match="matrix was made from model bbbbbbbbbbbb, the model given is aaaaaaaaaaaa"):
         fuse.run(
             FuseStage(fuse=FuseConfig()),
             {"model": artifact(child), "dependency": dependency},

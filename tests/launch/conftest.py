@@ -77,7 +77,7 @@ class SyntheticRun:
                 provenance={
                     "git_commit": "0123456789abcdef",
                     "dirty_diff_sha256": None,
-                    "argv": ["/work/launch/__main__.py", "demo", "run.name=a b"],
+                    "argv": ["/src/launch/__main__.py", "demo", "run.name=a b"],
                     "python": "3.11.7",
                     "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
                     "hardware": {"cpu": "Synthetic CPU", "num_cores": 2, "gpus": ()},

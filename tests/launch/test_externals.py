@@ -204,3 +204,19 @@ def test_no_torch_is_imported() -> None:
     code = f"import sys, {modules}; print({{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_cache_that_holds_a_part_does_not_stand_for_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(*_: Any, local_files_only: bool, **__: Any) -> str:
+        if not local_files_only:
+            raise ConnectionError("the network is down")
+        return str(tmp_path)
+
+    monkeypatch.setattr(externals, "snapshot_download", snapshot_download)
+    has_weights = lambda path: any(path.glob("*.safetensors"))  # noqa: E731
+    with pytest.raises(ValueError, match="the network is down"):
+        externals.hub_snapshot("owner/model", None, allow_patterns=["*"], is_whole=has_weights)
+    (tmp_path / "model.safetensors").touch()
+    assert externals.hub_snapshot("owner/model", None, allow_patterns=["*"], is_whole=has_weights) == tmp_path

@@ -7,7 +7,7 @@ import pytest
 
 from launch import pipeline as pipeline_module
 from launch.artifact import Artifact
-from launch.config import PipelineConfig, StepConfig
+from launch.config import PipelineConfig, StepConfig, compose_pipeline
 from launch.pipeline import Listener, plan, run_steps
 from launch.registry import STAGES, Stage
 from launch.rundir import RunDirectory
@@ -155,3 +155,15 @@ def test_every_stage_of_the_registry_has_a_body() -> None:
         module = Path(pipeline_module.__file__).parent / "stages" / f"{name}.py"
         assert stage.body == f"launch.stages.{name}:run"
         assert module.is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps.extended.objective=kld", "step extended: objective.kld=1.0 .* need the input `teacher`"),
+        ("steps.data.data.tokenizer=parent", "step data: data.tokenizer=parent needs the input `parent`"),
+    ],
+)
+def test_inputs_that_a_setting_needs_are_missed_before_anything_runs(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(compose_pipeline("demo", [override]), [override])

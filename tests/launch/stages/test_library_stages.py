@@ -119,7 +119,7 @@ def test_solution_that_does_not_fit_is_refused(
 def test_library_of_another_parent_is_refused(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
     inputs = {"parent": parent, "library": artifact(tmp_path, parent="b" * 64), "data": data}
     scoring = ScoreLibraryStage(space=SPACE, scores=ScoreConfig(num_sequences=4, seq_len=SEQ_LEN), engine=ENGINE)
-    with pytest.raises(ValueError, match="the library was built from model bbbbbbbbbbbb, parent is aaaaaaaaaaaa"):
+    with pytest.raises(ValueError, match="library was made from parent bbbbbbbbbbbb, the parent given is aaaaaaaaaaaa"):
         score_library.run(scoring, inputs, context(tmp_path / "scores"))
 
 
