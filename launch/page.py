@@ -227,8 +227,8 @@ def _latency(run: FinishedRun) -> Iterator[Picture]:
         ]
     yield _picture(
         "Where the time goes",
-        f"Summed subblock costs on {costs.hardware}, measured one by one and by the analytic model. A fused FFN costs "
-        "what its members cost, less the saving of every merge.",
+        f"Summed subblock costs on {costs.hardware.get('measured', 'the device')}, measured one by one and by the "
+        "analytic model. A fused FFN costs what its members cost, less the saving of every merge.",
         figures.latency_breakdown(panels),
         wide=True,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,16 @@ def plan(pipeline: PipelineConfig, overrides: Sequence[str]) -> list[PlannedStep
             planned[name] = _plan_step(name, step, step_overrides(pipeline, name, overrides), planned)
         except ValueError as error:
             raise ValueError(f"step {name}: {error}") from error
+    _require_one_last_ffn(planned.values())
     return list(planned.values())
+
+
+def _require_one_last_ffn(steps: Iterable[PlannedStep]) -> None:
+    """The search prices the fusion that a later step does: both must treat the last FFN of a run alike."""
+    settings = {step.name: step.config.fuse.leave_last_out for step in steps if hasattr(step.config, "fuse")}
+    if len(set(settings.values())) > 1:
+        shown = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        raise ValueError(f"fuse.leave_last_out differs between steps ({shown}); set it for all of them")
 
 
 def _plan_step(

@@ -79,7 +79,8 @@ class Roofline:
         rates = {name: getattr(hardware, name) for name in ("flops_per_s", "bytes_per_s", "kernel_launch_s")}
         missing = [name for name, rate in rates.items() if rate is None]
         require(
-            not missing, f"costs.hardware: {', '.join(missing)} of {hardware.name} is null; give a number or calibrate"
+            not missing,
+            f"costs.hardware: {', '.join(missing)} of {hardware.name or 'this device'} is null; give a number or calibrate",
         )
         return cls(**rates)
 

@@ -150,7 +150,8 @@ class WorkloadConfig:
 class HardwareConfig:
     """What the analytic cost model needs to know of a device."""
 
-    name: str = "this machine"
+    name: str | None = None
+    """Name of the device that the rates are of; null: the one that they are calibrated on."""
     flops_per_s: float | None = None
     """Sustained matrix-product rate; null: calibrated here by a quick measurement."""
     bytes_per_s: float | None = None

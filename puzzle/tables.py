@@ -274,7 +274,8 @@ class CostFile:
 
     architecture: dict[str, Any]
     """The parent as a Hugging Face config."""
-    hardware: str
+    hardware: dict[str, str]
+    """Device that the times of each table are of."""
     workload: WorkloadConfig
     tables: dict[str, CostTable]
     """``measured`` and ``analytic``, or what a user brings."""

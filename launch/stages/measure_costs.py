@@ -27,10 +27,11 @@ def run(config: MeasureCostsStage, inputs: Inputs, context: StageContext) -> Sta
     with cpu_threads(workload.num_cpu_threads):
         rates = calibrate(config.costs.hardware, dtype=torch_dtype(workload), device=device, config=config.costs)
         measured = measured_table(parent, subblocks, workload=workload, config=config.costs, device=device)
+    here = hardware(config)["device"]
     analytic = analytic_table(parent, subblocks, workload=workload, hardware=rates)
     CostFile(
         architecture=hf_config(parent, workload.dtype),
-        hardware=hardware(config)["device"],
+        hardware={"measured": here, "analytic": rates.name or here},
         workload=workload,
         tables={"measured": measured, "analytic": analytic},
     ).write(context.out / "costs.json")

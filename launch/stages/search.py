@@ -46,7 +46,7 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
         "latency": search.latency,
         "cost_table": search.cost_table,
         "parent": inputs["scores"].manifest.inputs["parent"].fingerprint,
-        "hardware": costs.hardware,
+        "hardware": costs.hardware.get(search.cost_table),
         "workload": asdict(costs.workload),
         "solutions": rows,
         "pareto": [{"latency_frac": frac, **_row(problem, best)} for frac, best in front.items() if best is not None],

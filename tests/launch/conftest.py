@@ -174,7 +174,7 @@ def cost_table(scale: float) -> CostTable:
 def cost_file() -> CostFile:
     return CostFile(
         architecture=hf_config(parent_architecture(), "float32"),
-        hardware="Synthetic CPU",
+        hardware={"measured": "Synthetic CPU", "analytic": "Synthetic CPU"},
         workload=WorkloadConfig(),
         tables={"measured": cost_table(1.0), "analytic": cost_table(0.8)},
     )

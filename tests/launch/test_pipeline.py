@@ -167,3 +167,10 @@ def test_every_stage_of_the_registry_has_a_body() -> None:
 def test_inputs_that_a_setting_needs_are_missed_before_anything_runs(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(compose_pipeline("demo", [override]), [override])
+
+
+def test_search_and_fusion_must_mean_the_same() -> None:
+    override = "steps.fused.fuse.leave_last_out=false"
+    with pytest.raises(ValueError, match=r"fuse\.leave_last_out differs between steps \(search: True, fused: False\)"):
+        plan(compose_pipeline("demo", [override]), [override])
+    assert plan(compose_pipeline("demo", []), ["fuse.leave_last_out=false"])

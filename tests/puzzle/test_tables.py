@@ -123,7 +123,10 @@ def test_a_file_that_is_none(tmp_path, content):
 
 def test_costs_survive_the_disk(tmp_path, costs):
     file = CostFile(
-        architecture={"hidden_size": 32}, hardware="a device", workload=costs.workload, tables={"measured": costs}
+        architecture={"hidden_size": 32},
+        hardware={"measured": "a device"},
+        workload=costs.workload,
+        tables={"measured": costs},
     )
     file.write(tmp_path / "costs.json")
     assert CostFile.read(tmp_path / "costs.json") == file
@@ -146,7 +149,7 @@ def test_costs_survive_the_disk(tmp_path, costs):
 )
 def test_costs_with_holes_are_refused(tmp_path, costs, change, message):
     path = tmp_path / "costs.json"
-    CostFile(architecture={}, hardware="", workload=costs.workload, tables={"measured": costs}).write(path)
+    CostFile(architecture={}, hardware={}, workload=costs.workload, tables={"measured": costs}).write(path)
     edit(path, lambda content: change(content["tables"]["measured"]))
     with pytest.raises(ValueError, match=message) as error:
         CostFile.read(path)
