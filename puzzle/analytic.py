@@ -80,7 +80,8 @@ class Roofline:
         missing = [name for name, rate in rates.items() if rate is None]
         require(
             not missing,
-            f"costs.hardware: {', '.join(missing)} of {hardware.name or 'this device'} is null; give a number or calibrate",
+            f"costs.hardware: {', '.join(missing)} of {hardware.name or 'this device'} is null; "
+            "give a number or calibrate",
         )
         return cls(**rates)
 
