@@ -186,6 +186,16 @@ class TrainConfig:
         """Optimizer steps that spend the budget."""
         return -(-self.max_tokens // self.tokens_per_step)
 
+    @property
+    def default_resume_tokens(self) -> int:
+        """Tokens between resume points where ``resume_every_tokens`` leaves it open: a tenth of the budget."""
+        return -(-self.max_tokens // 10)
+
+    def is_due(self, num_steps: int, every_tokens: int) -> bool:
+        """Whether step ``num_steps`` is the first at or beyond a multiple of ``every_tokens``; 0 is never due."""
+        tokens = num_steps * self.tokens_per_step
+        return every_tokens > 0 and tokens // every_tokens > (tokens - self.tokens_per_step) // every_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:

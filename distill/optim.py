@@ -10,8 +10,11 @@ from torch import nn
 from distill.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with decoupled weight decay on matrices only (never on norms and biases)."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, with decoupled weight decay on matrices only (never on norms and biases).
+
+    ``eps`` is AdamW's, to be far below the gradients' size.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [(name, parameter) for name, parameter in named if parameter.ndim > 1]
     vectors = [(name, parameter) for name, parameter in named if parameter.ndim <= 1]
@@ -24,6 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
+        eps=eps,
         fused=on_cuda,
         foreach=not on_cuda,
     )

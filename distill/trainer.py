@@ -158,9 +158,9 @@ class _Run:
     def after_step(self, num_steps_done: int, bar: tqdm) -> None:
         """Read metrics, evaluate and write a resume point where one is due."""
         train = self._train
-        evaluates = self._is_due(num_steps_done, train.eval_every_tokens)
-        resume_every_tokens = train.resume_every_tokens or math.ceil(train.max_tokens / 10)
-        saves = self._is_due(num_steps_done, resume_every_tokens)
+        last = num_steps_done == train.num_steps
+        evaluates = last or train.is_due(num_steps_done, train.eval_every_tokens)
+        saves = last or train.is_due(num_steps_done, train.resume_every_tokens or train.default_resume_tokens)
         if len(self.meter) >= FLUSH_EVERY_STEPS or evaluates or saves:
             self._add_steps(self.meter.flush(), num_steps_done)
             bar.set_postfix(loss=f"{self.curve[-1]['train/loss']:.4f}")
@@ -170,14 +170,6 @@ class _Run:
             self._save(num_steps_done)
         if evaluates or saves:
             self.meter.restart()
-
-    def _is_due(self, num_steps_done: int, every_tokens: int) -> bool:
-        """True at the last step and at every first step at or beyond a multiple of ``every_tokens``."""
-        if num_steps_done == self._train.num_steps:
-            return True
-        tokens = num_steps_done * self._train.tokens_per_step
-        before = tokens - self._train.tokens_per_step
-        return every_tokens > 0 and tokens // every_tokens > before // every_tokens
 
     def _add_steps(self, rows: list[Row], num_steps_done: int) -> None:
         for step, row in enumerate(rows, start=num_steps_done - len(rows) + 1):

@@ -48,18 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _sweep(_known_target(options.target), overrides, dry_run=options.dry_run)
         else:
             _run(_known_target(options.target), overrides, dry_run=options.dry_run)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FUSION_TRACEBACK"):
             raise
-        console.complain(escape(str(error)))
-        return 2
-    except OSError as error:
-        console.complain(escape(f"{error.filename or 'operating system'}: {error.strerror or error}"))
+        console.complain(_one_line(error))
         return 2
     except KeyboardInterrupt:
         console.complain("interrupted; the same command goes on from the last resume point")
         return 130
     return 0
+
+
+def _one_line(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError):
+        return escape(f"{error.filename or 'operating system'}: {error.strerror or error}")
+    return escape(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,11 +100,11 @@ def _sweep(target: str, overrides: list[str], *, dry_run: bool) -> int:
     def job(point: list[str]) -> None:
         try:
             _run(target, point, dry_run=dry_run)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if os.getpid() != process:
                 raise
             failed.append(point)
-            console.complain(escape(f"{' '.join(point)}: {error}"))
+            console.complain(f"{escape(' '.join(point))}: {_one_line(error)}")
 
     multirun(target, overrides, job)
     return 2 if failed else 0

@@ -175,10 +175,10 @@ def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
         points = [list(point) for point in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
     except HydraException as error:
         raise ValueError(_one_line(error, "config")) from error
-    named = [text for text in overrides if text.startswith("run.name=")]
-    if named and len(points) > 1 and len({name for point in points for name in point if name in named}) == 1:
+    names = {text for point in points for text in point if text.startswith("run.name=")}
+    if len(names) == 1 and len(points) > 1:
         raise ValueError(
-            f"{named[0]} would give {len(points)} runs one directory; leave it out, every point has its own name"
+            f"{names.pop()} would give {len(points)} runs one directory; leave it out, every point has its own name"
         )
     return points
 

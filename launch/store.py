@@ -81,8 +81,6 @@ class Store:
                 f"remove {path} to have the step computed again"
             )
         self.verify(artifact)
-        # A kill right after the commit leaves the stage's private state behind.
-        shutil.rmtree(self.resume_path(recipe), ignore_errors=True)
         return artifact
 
     def verify(self, artifact: Artifact) -> None:
@@ -103,6 +101,8 @@ class Store:
         """
         found = self.find(job.recipe)
         if found is not None:
+            # A kill right after the commit leaves the stage's private state behind.
+            shutil.rmtree(self.resume_path(job.recipe), ignore_errors=True)
             return found, True
         with self._lock(job.recipe, on_wait):
             found = self.find(job.recipe)

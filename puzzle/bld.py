@@ -225,7 +225,7 @@ class _Run:
         train = self._settings.train
         last = num_steps == train.num_steps
         saves = not last and self._saves(num_steps)
-        evaluates = not last and self._is_due(num_steps, train.eval_every_tokens)
+        evaluates = not last and train.is_due(num_steps, train.eval_every_tokens)
         if len(self._meter) >= FLUSH_EVERY_STEPS or saves or evaluates or last:
             for row in self._meter.flush():
                 self._add(row)
@@ -242,17 +242,10 @@ class _Run:
 
     def _saves(self, num_steps: int) -> bool:
         """Whether a resume point is due. Without a cadence of the user's, one that would cost too much time is not."""
-        every_tokens = self._settings.train.resume_every_tokens
-        if every_tokens > 0:
-            return self._is_due(num_steps, every_tokens)
-        tenth = math.ceil(self._settings.train.max_tokens / 10)
-        return self._is_due(num_steps, tenth) and time.perf_counter() >= self._next_save
-
-    def _is_due(self, num_steps: int, every_tokens: int) -> bool:
-        """True at the first step at or beyond a multiple of ``every_tokens``."""
-        tokens = num_steps * self._settings.train.tokens_per_step
-        before = tokens - self._settings.train.tokens_per_step
-        return every_tokens > 0 and tokens // every_tokens > before // every_tokens
+        train = self._settings.train
+        if train.resume_every_tokens > 0:
+            return train.is_due(num_steps, train.resume_every_tokens)
+        return train.is_due(num_steps, train.default_resume_tokens) and time.perf_counter() >= self._next_save
 
     def _evaluate(self, tokens: int) -> list[float]:
         nmse = self._trainees.held_out_nmse(self._settings.held_out, batch_size=self._settings.micro_batch)

@@ -65,9 +65,7 @@ class Trainees:
             self._at_block[replacement.block].append(position)
         self._num_blocks = max(self._at_block) + 1
         self._power = power.float()
-        self._optimizer = build_optimizer(self._children, optim)
-        for group in self._optimizer.param_groups:
-            group["eps"] = ADAM_EPS
+        self._optimizer = build_optimizer(self._children, optim, eps=ADAM_EPS)
         self._grad_clip = optim.grad_clip
 
     def step(self, input_ids: Tensor, *, lr: float, micro_batch: int) -> dict[str, Tensor]:

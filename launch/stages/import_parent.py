@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distill.config import require
-from launch.externals import hub_commit, hub_snapshot, local_model
+from launch.externals import hub_snapshot, local_model
 from launch.registry import ImportParentStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.config import ModelConfig
@@ -36,9 +36,7 @@ def _checkpoint(model: ModelConfig) -> Path:
     if path is not None:
         return path
     assert model.source is not None
-    # The commit that the fingerprint names, even if the branch has moved since.
-    commit = hub_commit(model.source, model.revision)
-    return hub_snapshot(model.source, commit, allow_patterns=HUB_FILES, is_whole=_is_whole)
+    return hub_snapshot(model.source, model.revision, allow_patterns=HUB_FILES, is_whole=_is_whole)
 
 
 def _is_whole(directory: Path) -> bool:

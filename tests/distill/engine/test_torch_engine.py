@@ -145,6 +145,7 @@ def test_a_step_on_the_gpu_never_waits_for_it(pico_architecture: Architecture, p
     runner.step(INPUT_IDS, lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runner.step(INPUT_IDS, lr=1e-3)
+        metrics = runner.step(INPUT_IDS, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert metrics["grad_norm"].is_cuda

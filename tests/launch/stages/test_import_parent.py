@@ -39,9 +39,8 @@ def test_hub_model_is_fetched_without_pickles_or_code(
         return pico_parent_dir
 
     monkeypatch.setattr(import_parent, "hub_snapshot", hub_snapshot)
-    monkeypatch.setattr(import_parent, "hub_commit", lambda repository, revision: f"commit of {repository}@{revision}")
     _run(tmp_path / "out", source="owner/pico", revision="v1")
-    assert (asked["repository"], asked["revision"]) == ("owner/pico", "commit of owner/pico@v1")
+    assert (asked["repository"], asked["revision"]) == ("owner/pico", "v1")
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked["allow_patterns"][1:])
     assert read_architecture(tmp_path / "out").num_blocks == 4
 
