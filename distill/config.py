@@ -84,10 +84,14 @@ class EngineConfig:
     """Precision of activations and matrix products. Weights under training and optimizer state are always fp32."""
     micro_batch_tokens: int = field(default=0, metadata=PLACEMENT)
     """Most tokens in one forward and backward; larger batches accumulate gradients. 0: never split."""
+    slices: int = field(default=1, metadata=PLACEMENT)
+    """Ranks over which the blocks of a parent are dealt while its library is built and scored: no rank holds more than
+    its slice. Further ranks are replicas, which share the work."""
     compile: bool = field(default=False, metadata=PLACEMENT)
     """Compile every block of student and teacher with torch.compile: seconds at the start, faster steps on GPUs."""
 
     def __post_init__(self) -> None:
+        require(self.slices >= 1, f"engine.slices must be >= 1, got {self.slices}")
         require(self.micro_batch_tokens >= 0, f"engine.micro_batch_tokens must be >= 0, got {self.micro_batch_tokens}")
 
 

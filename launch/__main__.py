@@ -1,17 +1,21 @@
-"""``python -m launch <stage|pipeline> [overrides] [--dry-run] [--multirun]``. Torch-free until a stage body runs."""
+"""``python -m launch <stage|pipeline> [overrides] [--dry-run] [--multirun]``, or the same behind ``torchrun -m``.
+
+Torch-free until a stage body runs, or until several processes meet.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
-from launch import console
+from launch import console, processes
 from launch.artifact import Artifact
 from launch.config import (
     PipelineConfig,
@@ -26,7 +30,7 @@ from launch.config import (
     sweep_points,
     to_yaml,
 )
-from launch.pipeline import PlannedStep, check_inputs, make_job, make_recipe, plan, run_steps
+from launch.pipeline import PlannedStep, check_inputs, check_processes, make_job, make_recipe, plan, run_steps
 from launch.registry import STAGES
 from launch.rundir import RunDirectory
 from launch.stage import StageContext
@@ -34,28 +38,44 @@ from launch.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0 done, 2 refused, 130 interrupted."""
+    """Entry point, for every process of a torchrun. Returns the exit status: 0 done, 2 refused, 130 interrupted."""
     options, overrides = _parser().parse_known_args(arguments)
+    # What went wrong is said before the other processes hear of it: torchrun ends all when one has ended.
+    command = functools.partial(_status_of, functools.partial(_command, options, overrides))
+    if processes.count() > 1 and not options.dry_run and options.target != "report":
+        return _status_of(functools.partial(processes.run, command))
+    return command() if processes.is_first() else 0
+
+
+def _status_of(command: Callable[[], int]) -> int:
+    """Exit status of ``command``, whose errors become one line."""
     try:
-        unknown = [text for text in overrides if text.startswith("-")]
-        if unknown:
-            raise ValueError(
-                f"unknown option {unknown[0]}; options are --dry-run and --multirun, settings are <key>=<value>"
-            )
-        if options.target == "report":
-            _report_again(overrides)
-        elif options.multirun:
-            return _sweep(_known_target(options.target), overrides, dry_run=options.dry_run)
-        else:
-            _run(_known_target(options.target), overrides, dry_run=options.dry_run)
+        return command()
+    except processes.AlreadyToldError:
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("FUSION_TRACEBACK"):
             raise
         console.complain(_one_line(error))
         return 2
     except KeyboardInterrupt:
-        console.complain("interrupted; the same command goes on from the last resume point")
+        if processes.is_first():
+            console.complain("interrupted; the same command goes on from the last resume point")
         return 130
+
+
+def _command(options: argparse.Namespace, overrides: list[str]) -> int:
+    unknown = [text for text in overrides if text.startswith("-")]
+    if unknown:
+        raise ValueError(
+            f"unknown option {unknown[0]}; options are --dry-run and --multirun, settings are <key>=<value>"
+        )
+    if options.target == "report":
+        _report_again(overrides)
+    elif options.multirun:
+        return _sweep(_known_target(options.target), overrides, dry_run=options.dry_run)
+    else:
+        _run(_known_target(options.target), overrides, dry_run=options.dry_run)
     return 0
 
 
@@ -88,7 +108,12 @@ def _known_target(target: str) -> str:
 
 
 def _sweep(target: str, overrides: list[str], *, dry_run: bool) -> int:
-    """Run every point. All are checked before the first; one that fails later does not stop the others."""
+    """Run every point. All are checked before the first; one that fails later does not stop the others, unless it has
+    torn the processes of a torchrun apart."""
+    if processes.count() > 1 and any(text.startswith("hydra/launcher=") for text in overrides):
+        raise ValueError(
+            "hydra/launcher starts processes of its own, which those of torchrun know nothing of; drop one"
+        )
     for point in sweep_points(overrides):
         if target in STAGES:
             compose_stage(STAGES[target].config, point)
@@ -98,8 +123,12 @@ def _sweep(target: str, overrides: list[str], *, dry_run: bool) -> int:
     process = os.getpid()
 
     def job(point: list[str]) -> None:
+        if processes.have_failed():
+            return
         try:
             _run(target, point, dry_run=dry_run)
+        except processes.AlreadyToldError:
+            failed.append(point)
         except (ValueError, OSError) as error:
             if os.getpid() != process:
                 raise
@@ -127,7 +156,7 @@ def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
     with run.held():
         run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
         artifacts = run_steps(
-            steps, store=store, run=run, context=_context(settings, run), listener=console.listener(len(steps))
+            steps, store=store, run=run, context=_context(settings, run, store), listener=console.listener(len(steps))
         )
         _report(run, artifacts)
 
@@ -142,7 +171,8 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     if dry_run:
         console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
         return
-    job = make_job(recipe, config, inputs, context=_context(settings, run))
+    check_processes(stage, config)
+    job = make_job(recipe, config, inputs, context=_context(settings, run, store))
     listener = console.listener(1)
     artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
     listener.finished(name, artifact, cached)
@@ -158,9 +188,14 @@ def _settings(
     return settings, run, Store(run.store, checksums=settings.run.verify == "full")
 
 
-def _context(settings: RunSettings, run: RunDirectory) -> StageContext:
+def _context(settings: RunSettings, run: RunDirectory, store: Store) -> StageContext:
     return StageContext(
-        out=run.path, resume=run.path, run_name=run.name, step_name=run.name, tracking=settings.tracking
+        out=run.path,
+        resume=run.path,
+        pool=store.pool,
+        run_name=run.name,
+        step_name=run.name,
+        tracking=settings.tracking,
     )
 
 

@@ -25,7 +25,7 @@ from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
 
 if TYPE_CHECKING:
-    from launch.registry import BenchmarkStage, ImportParentStage, MeasureCostsStage, PrepareDataStage
+    from launch.registry import BenchmarkStage, ImportParentStage, MeasureCostsStage, PrepareDataStage, SearchStage
 
 FULL_HASH_BYTES = 64 * 2**20
 """Files up to this size are hashed whole; hashing a 405B checkpoint before every run would take an hour."""
@@ -55,7 +55,13 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
 
 
 def hardware(config: MeasureCostsStage | BenchmarkStage) -> dict[str, Any]:
-    """The device that latencies are measured on, and the torch that runs there."""
+    """The device that latencies are measured on, and the torch that runs there.
+
+    Nothing for costs that are computed from the rates of a named device: they are the same wherever that happens.
+    """
+    costs = getattr(config, "costs", None)
+    if costs is not None and costs.sources == ("analytic",) and costs.hardware.name is not None:
+        return {}
     torch_version = metadata.version("torch")
     gpus = () if config.engine.device == "cpu" or torch_version.endswith("+cpu") else gpu_names()
     if gpus:
@@ -63,6 +69,22 @@ def hardware(config: MeasureCostsStage | BenchmarkStage) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = config.workload.num_cpu_threads or int(os.environ.get("OMP_NUM_THREADS") or cores or 1)
     return {"device": cpu_name(), "threads": threads, "torch": torch_version}
+
+
+def own_tables(config: SearchStage) -> dict[str, Any]:
+    """The content of the score and cost files that a user brings.
+
+    Raises:
+        ValueError: a file is not there.
+    """
+    found = {}
+    for name in ("scores", "costs"):
+        given = getattr(config.search, name)
+        if given is not None:
+            file = Path(given).expanduser()
+            require(file.is_file(), f"search.{name}={given} does not exist; give a CSV or JSON file")
+            found[name] = _file_signature(file)
+    return found
 
 
 def local_model(model: ModelConfig) -> Path | None:

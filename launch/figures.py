@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 
 from launch.canvas import (
     FONT_SIZE,
@@ -36,6 +38,22 @@ LOWEST_DEPENDENCY, HIGHEST_DEPENDENCY = 2.0**-9, 2.0**-1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One figure of the page."""
+
+    title: str
+    caption: str
+    svg: Markup
+    wide: bool = False
+    """Takes the page's whole width."""
+
+
+def picture(title: str, caption: str, svg: str, *, wide: bool = False) -> Picture:
+    """A figure of this module with its words."""
+    return Picture(title=title, caption=caption, svg=Markup(svg), wide=wide)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelPoint:
     """One model in the picture of quality against latency."""
 
@@ -44,6 +62,17 @@ class ModelPoint:
     """Per token."""
     lm_loss: float
     """Nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPoint:
+    """One child that the search found."""
+
+    latency_frac: float
+    """Predicted latency after fusion, as a fraction of the parent's at the same batch size."""
+    score: float
+    batch_size: int | None
+    """That it was found at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +125,63 @@ def _label_points(axes: Axes, models: Sequence[ModelPoint]) -> None:
         )
 
 
-def pareto_front(front: Sequence[tuple[float, float]], chosen: Sequence[tuple[float, float]], label: str) -> str:
-    """Predicted latency (fraction of the parent's) against summed score; the solutions that were kept are marked."""
+def pareto_front(front: Sequence[SearchPoint], chosen: Sequence[SearchPoint], label: str) -> str:
+    """Predicted latency against summed score; the solutions that were kept are marked, batch sizes by colour."""
     figure, axes = new_figure(width=520, height=340)
-    line = {"lw": 1.6, "marker": "o", "markersize": 5, "label": "optimum at a budget"}
-    axes.plot(*zip(*sorted(front), strict=True), color=ROLES["series-1"], **line)
+    sizes = sorted({point.batch_size for point in (*front, *chosen)}, key=lambda size: size or 0)
+    colours = {size: ROLES[series_role(index if index == 0 else index + 1)] for index, size in enumerate(sizes)}
+    ordered = sorted(front, key=lambda point: point.latency_frac)
+    if ordered:
+        axes.plot([p.latency_frac for p in ordered], [p.score for p in ordered], color=ROLES["series-1"], lw=1.6)
+    for size in sizes:
+        points = [point for point in ordered if point.batch_size == size]
+        style = {"color": colours[size], "ls": "none", "marker": "o", "markersize": 5.5, "zorder": 2.5}
+        label_of_size = f"optimum at a budget{f', batch {size}' if len(sizes) > 1 else ''}"
+        if points:
+            axes.plot([p.latency_frac for p in points], [p.score for p in points], label=label_of_size, **style)
     for rank, point in enumerate(chosen):
         size, name = (10, "chosen") if rank == 0 else (6, "next best" if rank == 1 else None)
-        axes.plot(*point, "D", color=ROLES["series-2"], markersize=size, zorder=3, label=name)
-    axes.set_ylim(bottom=0)
+        place = (point.latency_frac, point.score)
+        axes.plot(*place, "D", color=ROLES["series-2"], markersize=size, zorder=3, label=name)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.set_xlabel("predicted latency, fraction of the parent's")
     axes.set_ylabel(f"summed {label}")
     legend(axes, loc="best")
     return to_svg(figure, "Pareto front")
+
+
+def additivity(groups: Mapping[str, Sequence[tuple[float, float]]], label: str) -> str:
+    """Sum of scores (x) against what the child really does (y), both > 0, log-log, with the diagonal of exact sums.
+
+    Args:
+        groups: children by kind, each a pair of sum and realised value.
+        label: of the realised value.
+    """
+    figure, axes = new_figure(width=520, height=400)
+    values = [value for points in groups.values() for point in points for value in point]
+    ends = min(values) / 1.4, max(values) * 1.4
+    axes.plot(ends, ends, color=ROLES["muted"], lw=1, ls=(0, (2, 3)), label="sum = realised")
+    for index, (name, points) in enumerate(groups.items()):
+        style = {"color": ROLES[series_role(index)], "ls": "none", "marker": "o", "markersize": 6, "label": name}
+        axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ticks = _round_values(*ends)
+    labels = [f"{tick:g}" for tick in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.minorticks_off()
+    axes.set_xlabel("sum of replace-1-block scores")
+    axes.set_ylabel(label)
+    legend(axes, loc="best")
+    return to_svg(figure, "additivity")
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """1, 2 and 5 of every power of ten between the ends, or the powers alone where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 4 else (1,)
+    values = [step * 10.0**power for power in powers for step in steps]
+    return [value for value in values if low <= value <= high]
 
 
 def recovery_curves(curves: Sequence[RecoveryCurve], *, levels: Mapping[str, float], label: str, name: str) -> str:
@@ -204,7 +277,7 @@ def _stacked_bars(axes: Axes, bars: Sequence[LatencyBar]) -> None:
 
 
 def score_heat_map(
-    variants: Sequence[str], scores: Sequence[Sequence[float | None]], chosen: Sequence[str], label: str
+    variants: Sequence[str], scores: Sequence[Sequence[float | None]], chosen: Sequence[str], label: str, *, name: str
 ) -> str:
     """Replace-1-block score of every variant (row) at every block (column); a ring marks what the search chose.
 
@@ -212,8 +285,9 @@ def score_heat_map(
         variants: row names.
         scores: ``[len(variants)][num_blocks]``, on a log scale that shows 0 and below (the parent's own variant) in its
             lowest colour; None where the space has no such variant.
-        chosen: the chosen variant of every block; empty without a search.
+        chosen: the chosen variant of every block; empty without a search. One without a row is not marked.
         label: of the scale.
+        name: of the picture.
     """
     values = np.array(scores, dtype=float)
     positive = values[values > 0]
@@ -222,11 +296,13 @@ def score_heat_map(
     row_height = max(16, min(26, 520 // len(variants)))
     figure, axes = new_figure(width=1080, height=90 + row_height * len(variants), grid=False)
     image = heat_map(axes, values, low=low, high=max(high, 1.01 * low), aspect="auto")
-    for block, variant in enumerate(chosen):
+    rows = {variant: row for row, variant in enumerate(variants)}
+    rings = [(block, rows[variant]) for block, variant in enumerate(chosen) if variant in rows]
+    for ring in rings:
         for colour, width in (("black", 3.6), ("white", 1.8)):
-            axes.plot(block, variants.index(variant), "o", mfc="none", mec=colour, mew=width, markersize=8)
+            axes.plot(*ring, "o", mfc="none", mec=colour, mew=width, markersize=8)
     axes.set_yticks(range(len(variants)), variants)
     axes.set_xlabel("block")
     block_ticks(axes.xaxis, values.shape[1])
     colour_bar(figure, image, axes, label)
-    return to_svg(figure, "replace-1-block scores")
+    return to_svg(figure, name)

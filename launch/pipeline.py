@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distill.config import require
+from launch import processes
 from launch.artifact import Artifact, DamagedArtifactError, Manifest, Recipe, fingerprinted_config
 from launch.config import (
     PipelineConfig,
@@ -119,6 +121,17 @@ def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
             raise ValueError(f"input {name!r} must be of kind {wanted}, the artifact given is of kind {kind}")
 
 
+def check_processes(stage: Stage, config: Any) -> None:
+    """Raise ``ValueError`` where the processes at hand cannot be dealt into the parent's slices."""
+    if stage.distributed and hasattr(config, "engine"):
+        slices, count = config.engine.slices, processes.count()
+        require(
+            count % slices == 0,
+            f"engine.slices={slices} needs a multiple of {slices} processes, got {count}; "
+            f"start them with torchrun --nproc-per-node {slices} -m launch ..., or set engine.slices=1",
+        )
+
+
 def run_steps(
     steps: Sequence[PlannedStep],
     *,
@@ -134,7 +147,15 @@ def run_steps(
 
     Returns:
         Artifacts by step name, in order.
+
+    Raises:
+        ValueError: a step refused its input, or the processes cannot be dealt into slices; names the step.
     """
+    for step in steps:
+        try:
+            check_processes(step.stage, step.config)
+        except ValueError as error:
+            raise ValueError(f"step {step.name}: {error}") from error
     artifacts: dict[str, Artifact] = {}
     for step in steps:
         change = describe_change(run.linked(step.name), step.recipe)
@@ -158,8 +179,7 @@ def make_job(recipe: Recipe, config: Any, inputs: Mapping[str, Artifact], *, con
     stage = STAGES[recipe.stage]
 
     def body(own: StageContext) -> Any:
-        # The body is imported here, not before: a skipped step costs no import of torch.
-        result = stage.load_body()(config, inputs, own)
+        result = processes.run_body(recipe.stage, config, inputs, own)
         externals = stage.load_externals()
         if externals and externals(config) != recipe.externals:
             raise ValueError(f"the source of {recipe.stage} changed while it was read; start again")

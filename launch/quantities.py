@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 MISSING = "\N{EN DASH}"
 """What stands where a number does not exist."""
 
@@ -45,6 +48,20 @@ def percent(frac: float | None) -> str:
     return MISSING if frac is None else f"{100 * frac:.1f}%"
 
 
+def signed_percent(frac: float | None) -> str:
+    """``+4%``, ``−12%``: a relative difference."""
+    return MISSING if frac is None else f"{100 * frac:+.0f}%".replace("-", "\N{MINUS SIGN}")
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, and all that stand before the point: ``0.0421``, ``3.14``, ``1817``."""
+    if value is None:
+        return MISSING
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
 def duration(seconds: float) -> str:
     """``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
     if seconds < 60:
@@ -53,3 +70,13 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def serving(workload: Mapping[str, Any]) -> str:
+    """The serving situation that a latency or a memory size is stated for: ``batch 1, prompt of 128 tokens, ...``."""
+    words = (
+        f"batch {workload['batch_size']}, prompt of {workload['prefill_tokens']} tokens, "
+        f"{workload['generated_tokens']} generated, {workload['dtype']}"
+    )
+    ranks = workload.get("tensor_parallel", 1)
+    return words if ranks == 1 else f"{words}, {ranks} tensor-parallel ranks"

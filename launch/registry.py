@@ -24,6 +24,7 @@ from distill.config import (
 from fusion.config import DependencyConfig, FuseConfig
 from launch.stage import StageBody
 from puzzle.config import (
+    AdditivityConfig,
     AssembleConfig,
     BenchmarkConfig,
     CostConfig,
@@ -79,14 +80,32 @@ class BuildLibraryStage:
     engine: EngineConfig
     seed: int
 
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where an input is given that the configuration has no use for."""
+        require(
+            "library" not in names or self.library.mode == "coupled",
+            "library.mode=decoupled starts from the parent's weights and has no use for the input `library`; leave it "
+            "out, or set library.mode=coupled",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreLibraryStage:
     """Configuration of stage score_library."""
 
-    space: SpaceConfig
     scores: ScoreConfig
     engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckAdditivityStage:
+    """Configuration of stage check_additivity."""
+
+    additivity: AdditivityConfig
+    scores: ScoreConfig
+    """Its tokens and batch size."""
+    engine: EngineConfig
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,16 @@ class SearchStage:
     search: SearchConfig
     fuse: FuseConfig
     """What the later fusion will leave out, for the fusion-aware cost."""
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where scores or costs come from nowhere, or from two places."""
+        for name in ("scores", "costs"):
+            given = [f"inputs.{name}"] * (name in names) + [f"search.{name}"] * (getattr(self.search, name) is not None)
+            require(
+                len(given) == 1,
+                f"{name}: give either inputs.{name}=<artifact> or search.{name}=<CSV or JSON file>, "
+                f"got {' and '.join(given) or 'neither'}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +235,8 @@ class Stage:
     further_inputs: str | None = None
     """Kind of any further inputs, under names of the user's choice (the models that evaluate compares)."""
     output: str
+    distributed: bool = False
+    """Whether every process of a torchrun takes part; the others leave the stage to the first process."""
     version: int = 1
     """Raise it when the code's output changes for equal inputs; older artifacts then no longer match."""
     externals: str | None = None
@@ -247,26 +278,49 @@ STAGES: dict[str, Stage] = {
         config=BuildLibraryStage,
         body="launch.stages.build_library:run",
         inputs={"parent": "model", "data": "data"},
+        optional_inputs={"library": "library", "solution": "solution"},
         output="library",
+        version=2,
+        distributed=True,
     ),
     "score_library": Stage(
         config=ScoreLibraryStage,
         body="launch.stages.score_library:run",
         inputs={"parent": "model", "library": "library", "data": "data"},
+        optional_inputs={"solution": "solution"},
         output="scores",
+        version=2,
+        distributed=True,
+    ),
+    "check_additivity": Stage(
+        config=CheckAdditivityStage,
+        body="launch.stages.check_additivity:run",
+        inputs={
+            "parent": "model",
+            "library": "library",
+            "scores": "scores",
+            "solution": "solution",
+            "data": "data",
+        },
+        output="report",
     ),
     "measure_costs": Stage(
         config=MeasureCostsStage,
         body="launch.stages.measure_costs:run",
         inputs={"parent": "model"},
         output="costs",
+        version=2,
+        distributed=True,
         externals="launch.externals:hardware",
     ),
     "search": Stage(
         config=SearchStage,
         body="launch.stages.search:run",
-        inputs={"scores": "scores", "costs": "costs"},
+        inputs={},
+        optional_inputs={"scores": "scores", "costs": "costs"},
         output="solution",
+        version=2,
+        externals="launch.externals:own_tables",
     ),
     "assemble": Stage(
         config=AssembleStage,
@@ -279,6 +333,7 @@ STAGES: dict[str, Stage] = {
         body="launch.stages.prune_attention:run",
         inputs={"model": "model", "data": "data"},
         output="model",
+        version=2,
     ),
     "measure_dependency": Stage(
         config=MeasureDependencyStage,

@@ -11,6 +11,7 @@ from launch.artifact import Artifact
 from launch.finished_run import PARENT, FinishedRun, num_attentions, read_architecture, read_json
 from launch.page import render_page
 from launch.recovery import TRAINING_STAGES, gap_closed_frac, reference_model
+from launch.search_section import searches
 from puzzle.model import stats
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
@@ -41,16 +42,21 @@ def write_report(run_dir: Path, run_name: str, steps: Mapping[str, Artifact]) ->
 
 
 def build_report(run_name: str, run: FinishedRun) -> dict[str, Any]:
-    """Content of ``report.json``: the models, the evidence and the steps of a run. Losses in nats per token."""
+    """Content of ``report.json``: the models, the evidence, the searches and the steps of a run. Losses in nats per
+    token; ``workload`` and ``hardware`` are what the latencies of the models are stated for."""
     models = _models(run)
+    benchmark = run.document("benchmark", "benchmark.json") or {}
     return {
         "run": run_name,
+        "workload": benchmark.get("workload"),
+        "hardware": benchmark.get("hardware"),
         "final_model": run.final_name,
         "timed_model": run.timed_name,
         "distilled_model": _distilled(models),
         "recovery_reference": next((name for name, model in models.items() if model["is_recovery_reference"]), None),
         "models": models,
         "evidence": _evidence(run, models),
+        "searches": searches(run),
         "steps": [_step(name, artifact) for name, artifact in run.steps.items()],
     }
 
@@ -75,6 +81,7 @@ def _models(run: FinishedRun) -> dict[str, dict[str, Any]]:
             "num_params": stats.num_params(architecture),
             "kv_bytes_per_token": stats.kv_bytes_per_token(architecture, BYTES_PER_VALUE[dtype]),
             "kv_dtype": dtype,
+            "memory_bytes": speed.get("memory_bytes"),
             "prefill_ms": speed.get("prefill_ms"),
             "decode_ms": speed.get("decode_ms"),
             "decode_latency_vs_parent": speed.get("decode_vs_parent"),

@@ -16,12 +16,20 @@ Inputs = Mapping[str, Artifact]
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """The places that a stage may write to, and who it runs for. A stage neither creates nor names directories."""
+    """The places that a stage may write to, and who it runs for. A stage neither creates nor names directories.
+
+    Where several processes run a stage together, the places are the same for all of them. Files of ``out`` that all of
+    them would write are written by the first alone (:func:`distill.distributed.is_main`); any of them may write files
+    under names that no other process uses. What one of them has written, all may read after a barrier.
+    """
 
     out: Path
     """Empty directory; what stands in it when the stage returns is the artifact's payload."""
     resume: Path
     """Private directory that survives a kill and is removed after the commit. Never another stage's input."""
+    pool: Path
+    """Directory that all runs share, for parts of artifacts by content: what one library has trained another need not
+    train again. Whatever lies there may be deleted at any time."""
     run_name: str
     """Name of the pipeline run (W&B group)."""
     step_name: str

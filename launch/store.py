@@ -57,6 +57,11 @@ class Store:
         self.checksums = checksums
         self._verified: set[str] = set()
 
+    @property
+    def pool(self) -> Path:
+        """Parts of artifacts that several of them may share, by content. It may be deleted at any time."""
+        return self.root / ".pool"
+
     def path(self, recipe: Recipe) -> Path:
         """Where the artifact of ``recipe`` stands, or will."""
         return self.root / f"{recipe.stage}-{recipe.fingerprint[:16]}"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.quantities import decimals, num_bytes, percent, ratio, scaled
+from launch.quantities import decimals, num_bytes, percent, ratio, scaled, serving
 
 COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "params": lambda model: scaled(model["num_params"]),
@@ -47,6 +47,8 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
         style = "bold" if name == report["final_model"] else None
         table.add_row(name, *(cell(model) for cell in COLUMNS.values()), style=style)
     console.print(table)
+    if report["workload"]:
+        console.print(f"latency: {serving(report['workload'])}; {escape(report['hardware'])}", style="dim")
     if report["recovery_reference"]:
         console.print(
             f"recovery: share of the LM-loss gap between {report['recovery_reference']} and parent that is closed; "

@@ -6,8 +6,7 @@ of a large residual and a small update loses what the replacements differ in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,19 +18,6 @@ from puzzle.model.hf_config import hf_config
 from puzzle.model.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockActivations:
-    """What one parent block reads and writes, each [batch, seq, hidden], fp32, without gradient."""
-
-    index: int
-    input: Tensor
-    after_attention: Tensor
-    """The residual stream between attention and FFN; the input where there is no attention."""
-    output: Tensor
-    attention_inputs: Mapping[str, Any]
-    """Keyword arguments of every attention: rotation and mask."""
-
-
 def precision(model: DeciLMForCausalLM) -> torch.autocast:
     """Autocast to the data type of the model's weights; no more than a null context for fp32."""
     return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
@@ -41,28 +27,6 @@ def embed(model: DeciLMForCausalLM, input_ids: Tensor) -> tuple[Tensor, dict[str
     """The first block's input [batch, seq, hidden] in fp32, and the keyword arguments of every attention."""
     hidden = model.model.embed(input_ids.to(model.device, non_blocking=True)).float()
     return hidden, model.model.attention_inputs(hidden)
-
-
-def parent_activations(model: DeciLMForCausalLM, input_ids: Tensor, *, num_blocks: int) -> Iterator[BlockActivations]:
-    """Activations of the first ``num_blocks`` blocks, one block at a time: none is kept after the next is asked for."""
-    with torch.no_grad(), precision(model):
-        hidden, attention_inputs = embed(model, input_ids)
-    for index, block in enumerate(model.model.layers[:num_blocks]):
-        with torch.no_grad(), precision(model):
-            after_attention = hidden
-            if block.has_attention:
-                after_attention = hidden + block.attention_update(hidden, **attention_inputs)
-            output = after_attention
-            if block.has_ffn:
-                output = after_attention + block.ffn_update(after_attention)
-        yield BlockActivations(
-            index=index,
-            input=hidden,
-            after_attention=after_attention,
-            output=output,
-            attention_inputs=attention_inputs,
-        )
-        hidden = output
 
 
 def build_block(

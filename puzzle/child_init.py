@@ -7,66 +7,103 @@ Products and means are taken in fp32 and returned in the parent's data type.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
+import torch
 from torch import Tensor
 
+from puzzle.importance import Rankings
 from puzzle.library import Replacement, subblock_tensors
 from puzzle.model.architecture import Architecture, AttentionConfig, FFNConfig
 from puzzle.model.checkpoint import TensorReader
-from puzzle.model.tensor_layout import block_prefix, block_shapes
+from puzzle.model.tensor_layout import attention_shapes, block_prefix, ffn_shapes
+
+KVInit = Literal["mean_pool", "select"]
 
 
 def checkpoint_init(
-    reader: TensorReader, parent: Architecture, rankings: Mapping[int, Tensor]
+    reader: TensorReader, parent: Architecture, rankings: Rankings, kv_init: KVInit
 ) -> Callable[[Replacement], dict[str, Tensor]]:
     """Tensors of any replacement from the parent's checkpoint, in its stored data type.
 
-    ``rankings`` holds the channels [ffn_dim] of every block's FFN, dearest first.
+    ``rankings`` must hold the blocks that replacements are asked for; KV heads only for ``kv_init="select"``.
     """
 
     def init(replacement: Replacement) -> dict[str, Tensor]:
         index = replacement.block
-        block = {name: reader.read(block_prefix(index) + name) for name in block_shapes(parent, parent.blocks[index])}
-        return init_replacement(block, replacement, parent, rankings.get(index))
+        own = parent.blocks[index]
+        # Of a large parent's block not more than what is replaced.
+        names = [
+            *(attention_shapes(parent, own.attention) if replacement.attention is not None else ()),
+            *(ffn_shapes(parent, own.ffn) if replacement.ffn is not None else ()),
+        ]
+        block = {name: reader.read(block_prefix(index) + name) for name in names}
+        return init_replacement(block, replacement, parent, rankings, kv_init)
 
     return init
 
 
 def init_replacement(
-    block: Mapping[str, Tensor], replacement: Replacement, architecture: Architecture, ranking: Tensor | None
+    block: Mapping[str, Tensor],
+    replacement: Replacement,
+    architecture: Architecture,
+    rankings: Rankings,
+    kv_init: KVInit,
 ) -> dict[str, Tensor]:
-    """Tensors of ``replacement`` from those of the parent's block.
-
-    ``ranking [ffn_dim]`` lists the block's FFN channels, dearest first; only a narrower FFN needs it.
-    """
-    parent = architecture.blocks[replacement.block]
-    if isinstance(replacement.variant, AttentionConfig):
-        return init_attention(block, replacement.variant, parent=parent.attention, architecture=architecture)
-    return init_ffn(block, replacement.variant, parent=parent.ffn, ranking=ranking)
+    """Tensors of ``replacement``, one subblock or both, from those of the parent's block."""
+    index, parent = replacement.block, architecture.blocks[replacement.block]
+    tensors: dict[str, Tensor] = {}
+    if replacement.attention is not None:
+        tensors |= init_attention(
+            block,
+            replacement.attention,
+            parent=parent.attention,
+            architecture=architecture,
+            ranking=rankings.kv_heads.get(index) if kv_init == "select" else None,
+        )
+    if replacement.ffn is not None:
+        tensors |= init_ffn(block, replacement.ffn, parent=parent.ffn, ranking=rankings.channels.get(index))
+    return tensors
 
 
 def init_attention(
-    block: Mapping[str, Tensor], variant: AttentionConfig, *, parent: AttentionConfig, architecture: Architecture
+    block: Mapping[str, Tensor],
+    variant: AttentionConfig,
+    *,
+    parent: AttentionConfig,
+    architecture: Architecture,
+    ranking: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Tensors of attention ``variant`` (fewer KV heads, or linear) from the tensors of the parent's block."""
-    assert parent.num_kv_heads is not None, f"{variant.name} cannot be made of an attention of kind {parent.kind}"
+    """Tensors of attention ``variant`` (fewer KV heads, linear, or the parent's own) from those of the parent's block.
+
+    ``ranking [num_kv_heads]`` lists the block's KV heads, dearest first, of which the first stay; None: all are pooled.
+    """
     tensors = subblock_tensors(block, "attention")
+    if variant == parent:
+        return tensors
+    assert parent.num_kv_heads is not None, f"{variant.name} cannot be made of an attention of kind {parent.kind}"
+    num_heads, num_kv_heads = architecture.num_heads, parent.num_kv_heads
     if variant.kind == "linear":
         weight = linear_attention(
             tensors["self_attn.v_proj.weight"],
             tensors["self_attn.o_proj.weight"],
-            num_heads=architecture.num_heads,
-            num_kv_heads=parent.num_kv_heads,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
         )
         return {
             "input_layernorm.weight": tensors["input_layernorm.weight"],
             "self_attn.linear_attn.weight": weight,
         }
     assert variant.num_kv_heads is not None
-    for name, tensor in tensors.items():
-        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-            tensors[name] = pool_kv_heads(tensor, parent.num_kv_heads, variant.num_kv_heads)
-    return tensors
+    if ranking is not None:
+        kept = kept_first(ranking, variant.num_kv_heads)
+        return select_kv_heads(tensors, kept, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return {
+        name: pool_kv_heads(tensor, num_kv_heads, variant.num_kv_heads)
+        if name.startswith(("self_attn.k_proj.", "self_attn.v_proj."))
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def init_ffn(
@@ -74,7 +111,7 @@ def init_ffn(
 ) -> dict[str, Tensor]:
     """Tensors of FFN ``variant`` (narrower, linear, or the parent's own) from the tensors of the parent's block.
 
-    ``ranking`` is that of :func:`init_replacement`.
+    ``ranking [ffn_dim]`` lists the block's FFN channels, dearest first; only a narrower FFN needs it.
     """
     tensors = subblock_tensors(block, "ffn")
     if variant == parent:
@@ -88,16 +125,16 @@ def init_ffn(
         }
     assert ranking is not None, f"{variant.name} needs the ranking of the channels"
     assert variant.ffn_dim is not None
-    return slice_ffn(tensors, kept_channels(ranking, variant.ffn_dim))
+    return slice_ffn(tensors, kept_first(ranking, variant.ffn_dim))
 
 
-def kept_channels(ranking: Tensor, ffn_dim: int) -> Tensor:
-    """Indices ``[ffn_dim]`` of the dearest channels, in the parent's order.
+def kept_first(ranking: Tensor, num_kept: int) -> Tensor:
+    """Indices ``[num_kept]`` of the dearest channels or heads, in the parent's order.
 
-    The order matters where channels are dealt to ranks (tensor parallelism) or quantised in groups: sorted by
-    importance, the first rank would hold all that counts.
+    The order matters where they are dealt to ranks (tensor parallelism) or quantised in groups: sorted by importance,
+    the first rank would hold all that counts.
     """
-    return ranking[:ffn_dim].sort().values
+    return ranking[:num_kept].sort().values
 
 
 def slice_ffn(tensors: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
@@ -118,6 +155,36 @@ def pool_kv_heads(projection: Tensor, num_kv_heads: int, num_pooled: int) -> Ten
     head_dim = projection.shape[0] // num_kv_heads
     groups = projection.float().unflatten(0, (num_pooled, num_kv_heads // num_pooled, head_dim))
     return groups.mean(dim=1).flatten(0, 1).to(projection.dtype)
+
+
+def select_kv_heads(
+    tensors: Mapping[str, Tensor], kept: Tensor, *, num_heads: int, num_kv_heads: int
+) -> dict[str, Tensor]:
+    """The attention with the KV heads ``kept [num_kept]`` alone, whose output is the parent's less what the others add.
+
+    The format has every query head in every attention, so those of a removed KV head stay: they attend to a kept one,
+    after its own, and the columns of W_o that read them are 0. Heads stay group-major. Tensors per head (QK norms) or
+    per hidden channel (norm, bias of W_o) stay as they are.
+    """
+    num_kept, group = len(kept), num_heads // num_kv_heads
+    assert num_kv_heads % num_kept == 0, f"{num_kept} does not divide {num_kv_heads} KV heads"
+    is_kept = torch.zeros(num_kv_heads, dtype=torch.bool)
+    is_kept[kept] = True
+    removed = (~is_kept).nonzero().view(num_kept, -1)
+    # [num_kept, num_kv_heads / num_kept]: each kept KV head, then those whose query heads it takes over.
+    origin = torch.cat((kept[:, None], removed), dim=1).flatten()
+    query_heads = (origin[:, None] * group + torch.arange(group)).flatten()
+    is_live = is_kept[origin].repeat_interleave(group)
+    child = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.startswith("self_attn.q_proj."):
+            child[name] = tensor.unflatten(0, (num_heads, -1))[query_heads].flatten(0, 1)
+        elif name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
+            child[name] = tensor.unflatten(0, (num_kv_heads, -1))[kept].flatten(0, 1)
+        elif name == "self_attn.o_proj.weight":
+            columns = tensor.unflatten(1, (num_heads, -1))[:, query_heads]
+            child[name] = (columns * is_live[:, None]).flatten(1)
+    return child
 
 
 def linear_attention(v_proj: Tensor, o_proj: Tensor, *, num_heads: int, num_kv_heads: int) -> Tensor:

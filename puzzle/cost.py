@@ -4,37 +4,49 @@ A variant is timed in a stack of blocks that hold nothing else, each with weight
 new data per block as in a real model. The time of 2N blocks less that of N, divided by N, is the time of one: what does
 not grow with the number of blocks cancels. A no-op costs exactly 0. All blocks are real blocks of the model file, with
 the parent's dimensions and random weights, at the workload's batch, lengths and data type.
+
+Under tensor parallelism they are one rank's share of those blocks, alone on one device; the all-reduce that follows
+each is added, measured or modelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from puzzle.analytic import (
+    AllReduce,
     Phase,
     PhaseTimes,
-    Subblock,
+    Reduction,
     cost_table,
-    kv_bytes_per_token,
     phases,
     subblock_name,
-    subblock_params,
     swiglu_widths,
 )
-from puzzle.config import CostConfig, HardwareConfig, SpaceConfig, WorkloadConfig
+from puzzle.config import CostConfig, SpaceConfig, WorkloadConfig
 from puzzle.latency import Step, blocks_step, interleaved_ms, model_step, torch_dtype
 from puzzle.model import stats
-from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
+from puzzle.model.architecture import (
+    NO_ATTENTION,
+    NO_FFN,
+    Architecture,
+    AttentionConfig,
+    BlockConfig,
+    FFNConfig,
+    round_up_ffn_dim,
+)
 from puzzle.model.checkpoint import dtype_name
 from puzzle.model.configuration_decilm import DeciLMConfig
 from puzzle.model.hf_config import hf_config
 from puzzle.model.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
+from puzzle.shard import Shard, Subblock
 from puzzle.space import attention_variants, ffn_variants
 from puzzle.tables import CostTable
 
@@ -46,10 +58,6 @@ MIN_COPIES, MAX_COPIES = 2, 64
 """Blocks of the shorter stack."""
 NUM_ATTEMPTS = 3
 """Measurements of a difference that keeps coming out negative, each with twice the repeats of the one before."""
-COPY_BYTES = 256 * 2**20
-"""Copied to measure the bandwidth."""
-MATMUL_DIM = {"cpu": 1024, "cuda": 8192}
-NUM_CHAINED_KERNELS = 64
 
 
 def subblock_variants(parent: Architecture, space: SpaceConfig) -> tuple[Subblock, ...]:
@@ -71,6 +79,8 @@ def measured_table(
     workload: WorkloadConfig,
     config: CostConfig,
     device: torch.device,
+    hardware: str,
+    all_reduce: AllReduce,
 ) -> CostTable:
     """Measure every subblock, the overhead outside of the blocks, and what a merge of two FFNs saves.
 
@@ -80,31 +90,57 @@ def measured_table(
     Args:
         parent: dimensions, vocabulary, sliding window.
         subblocks: variants to measure.
-        workload: batch size, lengths and data type.
+        workload: batch size, lengths, data type and ranks.
         config: repeats and warm-up.
         device: where to measure.
+        hardware: name of the device.
+        all_reduce: what an all-reduce takes over the ranks of the workload; 0 on a single one.
+
+    Raises:
+        ValueError: a subblock cannot be dealt over the ranks, or the device's memory is too small for the workload.
     """
     meter = Meter(parent=parent, workload=workload, config=config, device=device)
+    reduction = Reduction(parent=parent, workload=workload, all_reduce=all_reduce)
+    prefill, decode = phases(workload)
+    reduction_ms = (reduction.subblock_ms(prefill), reduction.subblock_ms(decode))
     widths = swiglu_widths(subblocks)
-    times = {s: meter.subblock_ms(s) for s in tqdm(subblocks, desc="subblocks", unit="variant", leave=False)}
-    savings = [meter.merge_saving_ms(width) for width in tqdm(widths, desc="merges", unit="width", leave=False)]
-    prefill_ms, decode_ms = (median(column) for column in zip(*savings or [(0.0, 0.0)], strict=True))
+    try:
+        times = {s: meter.subblock_ms(s) for s in tqdm(subblocks, desc="subblocks", unit="variant", leave=False)}
+        savings = [meter.merge_saving_ms(width) for width in tqdm(widths, desc="merges", unit="width", leave=False)]
+        overhead_ms = meter.overhead_ms()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"workload: batch size {workload.batch_size} with {workload.prefill_tokens} + "
+            f"{workload.generated_tokens} tokens does not fit the memory of {hardware}; lower "
+            "workload.batch_size, costs.batch_sizes or the lengths"
+        ) from error
+    saving_ms = [median(column) for column in zip(*savings or [(0.0, 0.0)], strict=True)]
+    prefill_saving_ms, decode_saving_ms = _sum(saving_ms, reduction_ms)
     return cost_table(
         parent,
         workload,
-        subblock_ms=times,
-        overhead_ms=meter.overhead_ms(),
+        source="measured",
+        hardware=hardware,
+        subblock_ms={s: ms if s.is_no_op else _sum(ms, reduction_ms) for s, ms in times.items()},
+        overhead_ms=_sum(overhead_ms, (reduction.outside_ms(prefill), reduction.outside_ms(decode))),
         merge_saving_ms=(
-            meter.not_below_zero(prefill_ms, "ffn_merge_saving prefill_ms"),
-            meter.not_below_zero(decode_ms, "ffn_merge_saving decode_ms"),
+            meter.not_below_zero(prefill_saving_ms, "ffn_merge_saving prefill_ms"),
+            meter.not_below_zero(decode_saving_ms, "ffn_merge_saving decode_ms"),
         ),
         clamped=meter.clamped,
     )
 
 
+def _sum(times: Sequence[float], further: Sequence[float]) -> PhaseTimes:
+    return times[0] + further[0], times[1] + further[1]
+
+
 @dataclass(kw_only=True)
 class Meter:
-    """Measures parts of one parent on one device, and remembers what it had to clamp."""
+    """Measures parts of one rank's share of one parent on one device, and remembers what it had to clamp.
+
+    No all-reduce is in its times.
+    """
 
     parent: Architecture
     workload: WorkloadConfig
@@ -117,40 +153,50 @@ class Meter:
         if subblock.is_no_op:
             return 0.0, 0.0
         num_copies = self._num_copies(subblock)
-        model = self._random_stack([_alone(subblock)] * (2 * num_copies))
+        model = self._random_stack([subblock] * (2 * num_copies))
         blocks = list(model.model.layers)
-        times = []
-        for phase in phases(self.workload):
-            for attempt in range(NUM_ATTEMPTS):
-                repeats = self.config.repeats * 2**attempt
-                stack_ms = self._difference_ms(model, blocks, blocks[:num_copies], phase, repeats)
-                if stack_ms > 0:
-                    break
-            times.append(self.not_below_zero(stack_ms / num_copies, f"{subblock_name(subblock)} {phase.name}_ms"))
-        return times[0], times[1]
+        prefill, decode = (
+            self._blocks_difference_ms(model, blocks, blocks[:num_copies], phase) for phase in phases(self.workload)
+        )
+        name = subblock_name(subblock)
+        return (
+            self.not_below_zero(prefill / num_copies, f"{name} prefill_ms"),
+            self.not_below_zero(decode / num_copies, f"{name} decode_ms"),
+        )
 
     def merge_saving_ms(self, width: int) -> PhaseTimes:
         """Time of two blocks with nothing but a SwiGLU of ``width`` less that of one with twice the width."""
         merged = FFNConfig(ffn_dim=2 * width)
         num_merged = self._num_copies(merged)
         num_apart = 2 * num_merged
-        model = self._random_stack([_alone(FFNConfig(ffn_dim=width))] * num_apart + [_alone(merged)] * num_merged)
+        model = self._random_stack([FFNConfig(ffn_dim=width)] * num_apart + [merged] * num_merged)
         blocks = list(model.model.layers)
         prefill, decode = (
-            self._difference_ms(model, blocks[:num_apart], blocks[num_apart:], phase, self.config.repeats)
+            self._blocks_difference_ms(model, blocks[:num_apart], blocks[num_apart:], phase, attempts=1)
             for phase in phases(self.workload)
         )
         return prefill / num_merged, decode / num_merged
 
     def overhead_ms(self) -> PhaseTimes:
-        """Time of embedding, final norm and LM head: a model whose only block does nothing."""
-        empty = BlockConfig(attention=NO_ATTENTION, ffn=NO_FFN, parent_block_indices=(0,))
-        model = random_model(self.parent.with_blocks((empty,)), dtype=torch_dtype(self.workload), device=self.device)
-        steps = {phase.name: model_step(model, self.workload, phase) for phase in phases(self.workload)}
-        samples = interleaved_ms(
-            steps, device=self.device, repeats=self.config.repeats, warmup=self.config.warmup, desc="overhead"
+        """Time of embedding, final norm and LM head: a model whose only block does nothing.
+
+        As much memory as a stack of blocks has is read before: in a real model too, the head's weights have left the
+        caches when their turn comes again.
+        """
+        model = random_model(self._shard.architecture, dtype=torch_dtype(self.workload), device=self.device)
+        blocks_memory = torch.zeros(self._stack_bytes // 4, device=self.device)
+
+        def read_and_run(phase: Phase) -> Step:
+            step = model_step(model, self.workload, phase)
+            return lambda: (blocks_memory.sum(), step())
+
+        prefill, decode = (
+            self._difference_ms(read_and_run(phase), blocks_memory.sum, phase) for phase in phases(self.workload)
         )
-        return median(samples["prefill"]), median(samples["decode"])
+        return (
+            self.not_below_zero(prefill, "overhead prefill_ms"),
+            self.not_below_zero(decode, "overhead decode_ms"),
+        )
 
     def not_below_zero(self, milliseconds: float, name: str) -> float:
         """``milliseconds``, or 0 where it is below, which is remembered under ``name``."""
@@ -158,48 +204,110 @@ class Meter:
             self.clamped.append(name)
         return max(0.0, milliseconds)
 
+    @property
+    def _shard(self) -> Shard:
+        return Shard(parent=self.parent, num_ranks=self.workload.tensor_parallel)
+
+    @property
+    def _stack_bytes(self) -> int:
+        size = self.workload.bytes_per_value
+        return min(CACHE_BYTES, stats.weight_bytes(self.parent, size) // self.workload.tensor_parallel)
+
     def _num_copies(self, subblock: Subblock) -> int:
-        parent, workload, size = self.parent, self.workload, self.workload.bytes_per_value
+        shard, workload, size = self._shard, self.workload, self.workload.bytes_per_value
         num_cached = workload.batch_size * workload.max_context_tokens
-        copy_bytes = size * subblock_params(parent, subblock) + num_cached * kv_bytes_per_token(parent, subblock, size)
-        wanted_bytes = min(CACHE_BYTES, stats.weight_bytes(parent, size))
-        return min(MAX_COPIES, max(MIN_COPIES, -(-wanted_bytes // copy_bytes)))
+        copy_bytes = size * (shard.num_weights(subblock) + num_cached * shard.kv_values_per_token(subblock))
+        return min(MAX_COPIES, max(MIN_COPIES, -(-self._stack_bytes // copy_bytes)))
 
-    def _random_stack(self, blocks: Sequence[BlockConfig]) -> DeciLMForCausalLM:
-        """The blocks with next to no vocabulary."""
-        architecture = replace(self.parent, vocab_size=1, blocks=tuple(blocks))
-        return random_model(architecture, dtype=torch_dtype(self.workload), device=self.device)
+    def _random_stack(self, subblocks: Sequence[Subblock]) -> DeciLMForCausalLM:
+        return random_stack(self._shard, subblocks, dtype=torch_dtype(self.workload), device=self.device)
 
-    def _difference_ms(
+    def _blocks_difference_ms(
         self,
         model: DeciLMForCausalLM,
         long: Sequence[DeciLMDecoderLayer],
         short: Sequence[DeciLMDecoderLayer],
         phase: Phase,
-        repeats: int,
+        *,
+        attempts: int = NUM_ATTEMPTS,
     ) -> float:
-        """Median over rounds of the time of blocks ``long`` less that of blocks ``short``."""
-        steps = {
-            name: blocks_step(model.model, blocks, self.workload, phase)
-            for name, blocks in (("long", long), ("short", short))
-        }
-        samples = interleaved_ms(steps, device=self.device, repeats=repeats, warmup=self.config.warmup, desc=phase.name)
-        return median(a - b for a, b in zip(samples["long"], samples["short"], strict=True))
+        long_step, short_step = (blocks_step(model.model, blocks, self.workload, phase) for blocks in (long, short))
+        return self._difference_ms(long_step, short_step, phase, attempts=attempts)
+
+    def _difference_ms(self, long: Step, short: Step, phase: Phase, *, attempts: int = NUM_ATTEMPTS) -> float:
+        """Median over rounds of the time of ``long`` less that of ``short``; not above 0 only after ``attempts``."""
+        difference_ms = 0.0
+        for attempt in range(attempts):
+            samples = interleaved_ms(
+                {"long": long, "short": short},
+                device=self.device,
+                repeats=self.config.repeats * 2**attempt,
+                warmup=self.config.warmup,
+                desc=phase.name,
+            )
+            difference_ms = median(a - b for a, b in zip(samples["long"], samples["short"], strict=True))
+            if difference_ms > 0:
+                break
+        return difference_ms
 
 
-def _alone(subblock: Subblock) -> BlockConfig:
-    """A block with nothing but ``subblock``."""
+def random_model(architecture: Architecture, *, dtype: torch.dtype, device: torch.device) -> DeciLMForCausalLM:
+    """A model for timing, its weights drawn on the device itself: on the CPU a 405B block would take minutes."""
+    return _with_random_weights(_meta_model(architecture, dtype), device)
+
+
+def random_stack(
+    shard: Shard, subblocks: Sequence[Subblock], *, dtype: torch.dtype, device: torch.device
+) -> DeciLMForCausalLM:
+    """One rank's share of some subblocks, each alone in a block of its own, with next to no vocabulary.
+
+    Raises:
+        ValueError: a subblock cannot be dealt over the ranks.
+    """
+    architecture = replace(shard.architecture, vocab_size=1, blocks=tuple(_alone(shard, s) for s in subblocks))
+    model = _meta_model(architecture, dtype)
+    for block, subblock in zip(model.model.layers, subblocks, strict=True):
+        # The format knows neither widths beside the multiples of 256 nor linear subblocks that are not square.
+        for name, shape in shard.shapes(subblock).items():
+            module, _, parameter = name.rpartition(".")
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            block.get_submodule(module).register_parameter(parameter, nn.Parameter(empty))
+        if shard.num_ranks > 1 and subblock.kind == "linear":
+            linear = block.self_attn or block.mlp
+            linear.register_forward_pre_hook(_InputShare(shard.linear_input_dim()))
+    return _with_random_weights(model, device)
+
+
+def _alone(shard: Shard, subblock: Subblock) -> BlockConfig:
+    """A block with nothing but ``subblock``, as near to one rank's share as the format can say."""
+    attention, ffn = NO_ATTENTION, NO_FFN
     if isinstance(subblock, AttentionConfig):
-        return BlockConfig(attention=subblock, ffn=NO_FFN, parent_block_indices=(0,))
-    return BlockConfig(attention=NO_ATTENTION, ffn=subblock, parent_block_indices=(0,))
+        heads = shard.num_kv_heads(subblock)
+        attention = replace(subblock, num_kv_heads=heads) if heads else subblock
+    else:
+        width = shard.ffn_dim(subblock)
+        ffn = FFNConfig(ffn_dim=round_up_ffn_dim(width)) if width else subblock
+    return BlockConfig(attention=attention, ffn=ffn, parent_block_indices=(0,))
+
+
+@dataclass(frozen=True)
+class _InputShare:
+    """Hook that leaves a module the first ``num_channels`` of its input."""
+
+    num_channels: int
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return (arguments[0][..., : self.num_channels], *arguments[1:])
+
+
+def _meta_model(architecture: Architecture, dtype: torch.dtype) -> DeciLMForCausalLM:
+    with torch.device("meta"):
+        return DeciLMForCausalLM(DeciLMConfig(**hf_config(architecture, dtype_name(dtype)))).to(dtype)
 
 
 @torch.no_grad()
-def random_model(architecture: Architecture, *, dtype: torch.dtype, device: torch.device) -> DeciLMForCausalLM:
-    """A model for timing, its weights drawn on the device itself: on the CPU a 405B block would take minutes."""
-    with torch.device("meta"):
-        model = DeciLMForCausalLM(DeciLMConfig(**hf_config(architecture, dtype_name(dtype))))
-    model = model.to(dtype).to_empty(device=device)
+def _with_random_weights(model: DeciLMForCausalLM, device: torch.device) -> DeciLMForCausalLM:
+    model = model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -207,34 +315,3 @@ def random_model(architecture: Architecture, *, dtype: torch.dtype, device: torc
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
     return model.eval()
-
-
-def calibrate(
-    hardware: HardwareConfig, *, dtype: torch.dtype, device: torch.device, config: CostConfig
-) -> HardwareConfig:
-    """``hardware`` with its null rates measured here.
-
-    Matrix products: one square product. Bandwidth: a copy beyond all caches, read and write counted. Kernel launch: a
-    chain of operators on next to nothing.
-    """
-    dim = MATMUL_DIM[device.type]
-    # Random numbers: GPUs draw less power on zeros, and clock higher.
-    matrix = torch.rand(dim, dim, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-    product = torch.empty_like(matrix)
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    tiny = torch.zeros(8, dtype=dtype, device=device)
-
-    def chain() -> None:
-        for _ in range(NUM_CHAINED_KERNELS):
-            tiny.add_(1)
-
-    work: dict[str, tuple[Step, Callable[[float], float]]] = {
-        "flops_per_s": (lambda: torch.matmul(matrix, matrix, out=product), lambda s: 2 * dim**3 / s),
-        "bytes_per_s": (lambda: target.copy_(source), lambda s: 2 * COPY_BYTES / s),
-        "kernel_launch_s": (chain, lambda s: s / NUM_CHAINED_KERNELS),
-    }
-    missing = {name: step for name, (step, _) in work.items() if getattr(hardware, name) is None}
-    samples = interleaved_ms(missing, device=device, repeats=config.repeats, warmup=config.warmup, desc="calibrate")
-    rates: dict[str, Any] = {name: work[name][1](median(values) / 1e3) for name, values in samples.items()}
-    return replace(hardware, **rates)

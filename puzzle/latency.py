@@ -34,6 +34,8 @@ NUM_CAPTURE_WARMUP = 3
 
 Step = Callable[[], Any]
 """Work to time. Reads and writes the same memory every time."""
+Timer = Callable[[int], float]
+"""Number of runs -> milliseconds per run."""
 
 
 class FixedCache:
@@ -172,9 +174,9 @@ def interleaved_ms(
     if device.type == "cuda":
         # One pool for all graphs: they never run at once, and the activations of every model would not fit.
         pool = torch.cuda.graph_pool_handle()
-        timers = {name: _cuda_timer(step, pool) for name, step in steps.items()}
+        timers = {name: cuda_timer(step, pool) for name, step in steps.items()}
     else:
-        timers = {name: _timer(step) for name, step in steps.items()}
+        timers = {name: cpu_timer(step) for name, step in steps.items()}
     num_runs = {name: max(1, round(MIN_SAMPLE_MS / max(timer(1), 1e-3))) for name, timer in timers.items()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for index in tqdm(range(warmup + repeats), desc=desc, unit="round", leave=False):
@@ -195,7 +197,7 @@ def models_ms(
     warmup: int,
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of whole models by phase, model and round; see :func:`interleaved_ms`."""
-    rounds = {}
+    rounds: dict[str, dict[str, list[float]]] = {}
     for phase in phases(workload):
         steps = {name: model_step(model, workload, phase) for name, model in models.items()}
         rounds[phase.name] = interleaved_ms(steps, device=device, repeats=repeats, warmup=warmup, desc=phase.name)
@@ -244,7 +246,8 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _timer(step: Step) -> Callable[[int], float]:
+def cpu_timer(step: Step) -> Timer:
+    """Timer of ``step`` by the wall clock."""
     step()
 
     def milliseconds(num_runs: int) -> float:
@@ -256,7 +259,8 @@ def _timer(step: Step) -> Callable[[int], float]:
     return milliseconds
 
 
-def _cuda_timer(step: Step, pool: Any) -> Callable[[int], float]:
+def cuda_timer(step: Step, pool: Any = None) -> Timer:
+    """Timer of ``step`` as a CUDA graph by CUDA events, on the current device; ``pool`` is shared with other graphs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -264,7 +268,8 @@ def _cuda_timer(step: Step, pool: Any) -> Callable[[int], float]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # The thread that watches over NCCL asks the driver for events meanwhile: only this thread's calls are captured.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 

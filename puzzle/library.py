@@ -1,33 +1,38 @@
-"""The block library: trained replacements of the parent's subblocks, one safetensors file each.
+"""The block library: replacements of the parent's subblocks, one safetensors file each.
 
-On disk: ``library.json`` (the parent's architecture and one entry per replacement) beside ``replacements/``. A variant
-that the parent's own weights serve (its own subblock, or none at all) has no entry, with one exception: an FFN whose
-attention is gone reads another input than in the parent, so it is a replacement of its own at every width, the
-parent's included.
+On disk: ``library.json`` (the parent's architecture, the mode, the block variants that the library serves and one entry
+per replacement) beside ``replacements/``. What the parent's own weights serve has no entry. That an attention is gone
+changes what the FFN beside it reads, so such an FFN is a replacement of its own at every width, the parent's included.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.config import require
-from puzzle.config import SpaceConfig
 from puzzle.model.architecture import Architecture, AttentionConfig, BlockConfig, FFNConfig
+from puzzle.model.checkpoint import TensorReader
 from puzzle.model.hf_config import architecture_from_config, hf_config
-from puzzle.space import block_variants
-from puzzle.tables import parse_attention, parse_ffn
+from puzzle.model.tensor_layout import Shapes, attention_shapes, block_prefix, ffn_shapes
+from puzzle.tables import parse_attention, parse_ffn, parse_variant
 
 INDEX_FILE = "library.json"
+REPLACEMENTS_DIR = "replacements"
 
+Mode = Literal["decoupled", "coupled"]
 Subblock = Literal["attention", "ffn"]
+Variants = tuple[tuple[BlockConfig, ...], ...]
+"""Block variants by block of the parent, the parent's own first."""
+
 SUBBLOCK_PREFIXES: dict[Subblock, tuple[str, ...]] = {
     "attention": ("self_attn.", "input_layernorm."),
     "ffn": ("mlp.", "post_attention_layernorm."),
@@ -50,16 +55,53 @@ class Replacement:
     """What is replaced, where, and beside what: the key of a library."""
 
     block: int
-    subblock: Subblock
-    variant: AttentionConfig | FFNConfig
+    attention: AttentionConfig | None = None
+    """The attention that is replaced; None: it is not part of this replacement."""
+    ffn: FFNConfig | None = None
+    """The FFN that is replaced; None: it is not part of this replacement."""
     beside: Literal["parent", "no_op"] = "parent"
-    """The other subblock that it was trained with: the parent's, or (an FFN alone) no attention."""
+    """What stands for the subblock that is not replaced: the parent's, or nothing."""
+
+    def __post_init__(self) -> None:
+        replaced = [subblock for subblock in (self.attention, self.ffn) if subblock is not None]
+        assert replaced, "a replacement replaces something"
+        assert not any(subblock.is_no_op for subblock in replaced), "a no-op has no weights to replace"
+        assert len(replaced) == 1 or self.beside == "parent", "nothing stands beside a pair"
+
+    @property
+    def variant_name(self) -> str:
+        """``attention.kv2``, ``ffn.w512`` or ``block.kv2+w512``, with ``.beside_no_op`` where nothing is beside it."""
+        beside = "" if self.beside == "parent" else ".beside_no_op"
+        if self.attention is not None and self.ffn is not None:
+            return f"block.{self.attention.name}+{self.ffn.name}"
+        if self.attention is not None:
+            return f"attention.{self.attention.name}{beside}"
+        assert self.ffn is not None
+        return f"ffn.{self.ffn.name}{beside}"
 
     @property
     def name(self) -> str:
-        """``<block>.<subblock>.<variant>[.beside_no_op]``: the stem of its file."""
-        beside = "" if self.beside == "parent" else ".beside_no_op"
-        return f"{self.block}.{self.subblock}.{self.variant.name}{beside}"
+        """``<block>.<variant name>``: the stem of its file."""
+        return f"{self.block}.{self.variant_name}"
+
+    def block_in(self, parent: Architecture) -> BlockConfig:
+        """The whole block that it stands in: its own subblocks, and beside them the parent's or none."""
+        own = parent.blocks[self.block]
+        attention, ffn = self.attention, self.ffn
+        if attention is None:
+            attention = own.attention if self.beside == "parent" else AttentionConfig(kind="no_op")
+        if ffn is None:
+            ffn = own.ffn if self.beside == "parent" else FFNConfig(kind="no_op")
+        return BlockConfig(attention=attention, ffn=ffn, parent_block_indices=own.parent_block_indices)
+
+    def shapes(self, parent: Architecture) -> Shapes:
+        """Its tensors, named relative to the block."""
+        shapes: Shapes = {}
+        if self.attention is not None:
+            shapes |= attention_shapes(parent, self.attention)
+        if self.ffn is not None:
+            shapes |= ffn_shapes(parent, self.ffn)
+        return shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,42 +112,62 @@ class LibraryEntry:
     file: str
     bld_nmse_init: float
     bld_nmse: float
+    """Of the weights that are stored; equal to ``bld_nmse_init`` where they are those of the init."""
+    trained: bool = True
+    """Whether the weights are trained; else training was off, or made the held-out loss worse."""
 
     def as_json(self) -> dict[str, Any]:
         """Its row in the index."""
+        attention, ffn = self.replacement.attention, self.replacement.ffn
         return {
             "block": self.replacement.block,
-            "subblock": self.replacement.subblock,
-            "variant": self.replacement.variant.name,
+            "attention": None if attention is None else attention.name,
+            "ffn": None if ffn is None else ffn.name,
             "beside": self.replacement.beside,
             "file": self.file,
             "bld_nmse_init": self.bld_nmse_init,
             "bld_nmse": self.bld_nmse,
+            "trained": self.trained,
         }
 
 
-def space_replacements(parent: Architecture, space: SpaceConfig) -> tuple[Replacement, ...]:
-    """Every replacement that the search space needs, block by block."""
-    needed = (
-        replacement
-        for index in range(parent.num_blocks)
-        for block in block_variants(parent, index, space)
-        for replacement in block_replacements(parent, index, block)
-    )
-    return tuple(dict.fromkeys(needed))
+def block_replacements(
+    parent: Architecture, index: int, block: BlockConfig, mode: Mode = "decoupled"
+) -> tuple[Replacement, ...]:
+    """The replacements that block ``index`` takes from the library to become ``block``.
 
-
-def block_replacements(parent: Architecture, index: int, block: BlockConfig) -> tuple[Replacement, ...]:
-    """The replacements that block ``index`` takes from the library to become ``block``."""
+    Decoupled, a subblock is replaced where it differs from the parent's, and an FFN wherever the attention beside it is
+    removed. Coupled, every block other than the parent's is one replacement.
+    """
     own = parent.blocks[index]
+    no_attention = block.attention.is_no_op and not own.attention.is_no_op
+    no_ffn = block.ffn.is_no_op and not own.ffn.is_no_op
+    if mode == "coupled":
+        attention = None if block.attention.is_no_op else block.attention
+        ffn = None if block.ffn.is_no_op else block.ffn
+        if (block.attention, block.ffn) == (own.attention, own.ffn) or (attention is None and ffn is None):
+            return ()
+        beside: Literal["parent", "no_op"] = "no_op" if no_attention or no_ffn else "parent"
+        return (Replacement(block=index, attention=attention, ffn=ffn, beside=beside),)
     needed: list[Replacement] = []
     if not block.attention.is_no_op and block.attention != own.attention:
-        needed.append(Replacement(block=index, subblock="attention", variant=block.attention))
-    attention_removed = block.attention.is_no_op and not own.attention.is_no_op
-    if not block.ffn.is_no_op and (attention_removed or block.ffn != own.ffn):
-        beside: Literal["parent", "no_op"] = "no_op" if attention_removed else "parent"
-        needed.append(Replacement(block=index, subblock="ffn", variant=block.ffn, beside=beside))
+        needed.append(Replacement(block=index, attention=block.attention))
+    if not block.ffn.is_no_op and (no_attention or block.ffn != own.ffn):
+        needed.append(Replacement(block=index, ffn=block.ffn, beside="no_op" if no_attention else "parent"))
     return tuple(needed)
+
+
+def library_replacements(
+    parent: Architecture, variants: Sequence[Sequence[BlockConfig]], mode: Mode = "decoupled"
+) -> tuple[Replacement, ...]:
+    """Every replacement that ``variants``, listed block by block, need; each once, ordered by block."""
+    needed = (
+        replacement
+        for index, blocks in enumerate(variants)
+        for block in blocks
+        for replacement in block_replacements(parent, index, block, mode)
+    )
+    return tuple(dict.fromkeys(needed))
 
 
 def inherited_names(
@@ -120,48 +182,125 @@ def inherited_names(
     return [name for name in names if subblock_of(name) not in subblocks]
 
 
+def crossed_variants(variants: Variants, chosen: Iterable[str]) -> Variants:
+    """``variants`` without the subblocks that no block of ``chosen`` (names like ``kv2+w512``) has, wherever it stands.
+
+    What is left of the attentions and of the FFNs stays crossed at every block; the parent's own stay (Puzzle, section
+    3: the space shrinks to the popular choices before the coupled training).
+
+    Raises:
+        ValueError: a name that is none of a block variant.
+    """
+    pairs = [parse_variant(name) for name in chosen]
+    attentions, ffns = {attention for attention, _ in pairs}, {ffn for _, ffn in pairs}
+    return tuple(
+        tuple(
+            block
+            for block in blocks
+            if block.attention in attentions | {blocks[0].attention} and block.ffn in ffns | {blocks[0].ffn}
+        )
+        for blocks in variants
+    )
+
+
+def library_init(library: BlockLibrary, reader: TensorReader) -> Callable[[Replacement], dict[str, Tensor]]:
+    """Weights to start from: those of an earlier ``library``, and the parent's (``reader``) where it has none.
+
+    A pair takes the attention that was trained beside the parent's FFN and the FFN that was trained beside the parent's
+    attention. The function raises ``ValueError`` for a replacement whose block the library cannot serve.
+    """
+
+    def init(replacement: Replacement) -> dict[str, Tensor]:
+        trained = library.tensors(replacement.block, replacement.block_in(library.parent))
+        prefix = block_prefix(replacement.block)
+        return {
+            name: trained[name] if name in trained else reader.read(prefix + name)
+            for name in replacement.shapes(library.parent)
+        }
+
+    return init
+
+
 class BlockLibrary:
     """A library directory, open for reading or under construction."""
 
     def __init__(
-        self, directory: Path, parent: Architecture, dtype: str, entries: dict[Replacement, LibraryEntry]
+        self,
+        directory: Path,
+        parent: Architecture,
+        variants: Variants,
+        *,
+        mode: Mode,
+        dtype: str,
+        entries: dict[Replacement, LibraryEntry],
     ) -> None:
         self.directory = directory
         self.parent = parent
+        self.variants = variants
+        self.mode: Mode = mode
         self.entries = entries
         self._dtype = dtype
 
     @classmethod
-    def create(cls, directory: Path, parent: Architecture, *, dtype: torch.dtype) -> BlockLibrary:
-        """An empty library; its tensors will be stored as ``dtype``."""
-        (directory / "replacements").mkdir(parents=True, exist_ok=True)
-        return cls(directory, parent, str(dtype).removeprefix("torch."), {})
+    def create(
+        cls, directory: Path, parent: Architecture, variants: Variants, *, dtype: torch.dtype, mode: Mode = "decoupled"
+    ) -> BlockLibrary:
+        """An empty library that is to serve ``variants``; its tensors will be stored as ``dtype``."""
+        (directory / REPLACEMENTS_DIR).mkdir(parents=True, exist_ok=True)
+        dtype_name = str(dtype).removeprefix("torch.")
+        return cls(directory, parent, variants, mode=mode, dtype=dtype_name, entries={})
 
     @classmethod
     def open(cls, directory: Path) -> BlockLibrary:
         """Reads the index; tensors are read when asked for."""
         index = json.loads((directory / INDEX_FILE).read_text())
         parent = architecture_from_config(index["parent_architecture"])
+        variants = tuple(
+            tuple(_block(name, own) for name in names)
+            for names, own in zip(index["variants"], parent.blocks, strict=True)
+        )
         entries = (_entry_from_json(row) for row in index["replacements"])
-        dtype = index["parent_architecture"]["torch_dtype"]
-        return cls(directory, parent, dtype, {entry.replacement: entry for entry in entries})
+        return cls(
+            directory,
+            parent,
+            variants,
+            mode=index["mode"],
+            dtype=index["parent_architecture"]["torch_dtype"],
+            entries={entry.replacement: entry for entry in entries},
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the stored tensors."""
+        return getattr(torch, self._dtype)
 
     def add(
-        self, replacement: Replacement, tensors: Mapping[str, Tensor], *, bld_nmse_init: float, bld_nmse: float
+        self,
+        replacement: Replacement,
+        tensors: Mapping[str, Tensor],
+        *,
+        bld_nmse_init: float,
+        bld_nmse: float,
+        trained: bool = True,
     ) -> None:
         """Stores one replacement. It enters the file of the index with the next :meth:`write_index`."""
-        file = f"replacements/{replacement.name}.safetensors"
-        dtype = getattr(torch, self._dtype)
-        stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-        save_file(stored, self.directory / file)
-        self.entries[replacement] = LibraryEntry(
-            replacement=replacement, file=file, bld_nmse_init=bld_nmse_init, bld_nmse=bld_nmse
+        entry = LibraryEntry(
+            replacement=replacement,
+            file=file_of(replacement),
+            bld_nmse_init=bld_nmse_init,
+            bld_nmse=bld_nmse,
+            trained=trained,
         )
+        stored = {name: tensor.detach().to("cpu", self.dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(stored, self.directory / entry.file)
+        self.entries[replacement] = entry
 
     def write_index(self) -> None:
         """Write ``library.json``, whole or not at all."""
         index = {
             "parent_architecture": hf_config(self.parent, self._dtype),
+            "mode": self.mode,
+            "variants": [[block.name for block in blocks] for blocks in self.variants],
             "replacements": [entry.as_json() for entry in self.entries.values()],
         }
         unfinished = self.directory / f"{INDEX_FILE}.partial"
@@ -172,18 +311,27 @@ class BlockLibrary:
         """Tensors (CPU) of every subblock of ``block`` that is not the parent's own, by their names in the block.
 
         Raises:
-            ValueError: the library has no replacement for one of them.
+            ValueError: the library has no replacement for one of them, or its file holds other tensors than it should.
         """
         found: dict[str, Tensor] = {}
         for entry in self._entries_of(index, block):
+            self._require_shapes(entry)
             found |= load_file(self.directory / entry.file)
         return found
 
     def require_variants(self, variants: Sequence[Sequence[BlockConfig]]) -> None:
-        """``ValueError`` unless :meth:`tensors` has an answer for all ``variants``, listed block by block."""
-        for index, blocks in enumerate(variants):
-            for block in blocks:
-                self._entries_of(index, block)
+        """``ValueError`` unless :meth:`tensors` has an answer for all ``variants``, listed block by block.
+
+        The files of their replacements are looked into: names and shapes, not values.
+        """
+        needed = {
+            entry.file: entry
+            for index, blocks in enumerate(variants)
+            for block in blocks
+            for entry in self._entries_of(index, block)
+        }
+        for entry in needed.values():
+            self._require_shapes(entry)
 
     def require_parent(self, architecture: Architecture) -> None:
         """``ValueError`` unless the library was built from a parent of this architecture."""
@@ -194,7 +342,7 @@ class BlockLibrary:
         )
 
     def _entries_of(self, index: int, block: BlockConfig) -> list[LibraryEntry]:
-        needed = block_replacements(self.parent, index, block)
+        needed = block_replacements(self.parent, index, block, self.mode)
         for replacement in needed:
             require(
                 replacement in self.entries,
@@ -203,12 +351,46 @@ class BlockLibrary:
             )
         return [self.entries[replacement] for replacement in needed]
 
+    def _require_shapes(self, entry: LibraryEntry) -> None:
+        path, expected = self.directory / entry.file, entry.replacement.shapes(self.parent)
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no readable safetensors file: {error}; build the library again") from error
+        for name in sorted(expected.keys() | stored.keys()):
+            require(
+                stored.get(name) == expected.get(name),
+                f"{path}: tensor {name} has {_shape(stored, name)}, the replacement {entry.replacement.name} of this "
+                f"parent has {_shape(expected, name)}; build the library again",
+            )
+
+
+def file_of(replacement: Replacement) -> str:
+    """Its file, relative to the library's directory."""
+    return f"{REPLACEMENTS_DIR}/{replacement.name}.safetensors"
+
+
+def _shape(shapes: Shapes, name: str) -> str:
+    return f"shape {list(shapes[name])}" if name in shapes else "no place"
+
+
+def _block(name: str, own: BlockConfig) -> BlockConfig:
+    attention, ffn = parse_variant(name)
+    return BlockConfig(attention=attention, ffn=ffn, parent_block_indices=own.parent_block_indices)
+
 
 def _entry_from_json(row: Mapping[str, Any]) -> LibraryEntry:
-    parse = parse_attention if row["subblock"] == "attention" else parse_ffn
     replacement = Replacement(
-        block=row["block"], subblock=row["subblock"], variant=parse(row["variant"]), beside=row["beside"]
+        block=row["block"],
+        attention=None if row["attention"] is None else parse_attention(row["attention"]),
+        ffn=None if row["ffn"] is None else parse_ffn(row["ffn"]),
+        beside=row["beside"],
     )
     return LibraryEntry(
-        replacement=replacement, file=row["file"], bld_nmse_init=row["bld_nmse_init"], bld_nmse=row["bld_nmse"]
+        replacement=replacement,
+        file=row["file"],
+        bld_nmse_init=row["bld_nmse_init"],
+        bld_nmse=row["bld_nmse"],
+        trained=row["trained"],
     )

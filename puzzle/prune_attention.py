@@ -1,12 +1,12 @@
 """Attention pruning: the least valuable attentions become no-ops. The short road to fusion, without library or search.
 
 FFN Fusion starts from a model whose attentions a Puzzle search has removed in places; here each attention is scored by
-removing it alone, and the cheapest go.
+removing it, alone or beside those that are gone already, and the cheapest go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,25 +18,34 @@ from puzzle.model.architecture import NO_ATTENTION, Architecture, BlockConfig
 from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.tensor_layout import EMBEDDING, tensor_shapes
-from puzzle.score import score_variants
+from puzzle.score import Scores, score_variants
+from puzzle.slices import ParentSlice
+from puzzle.space import block_indices
 from puzzle.tables import ScoreTable
 
 
-def removable_attentions(architecture: Architecture, *, num_attentions: int, keep_first_blocks: int) -> tuple[int, ...]:
+def removable_attentions(
+    architecture: Architecture, *, num_attentions: int, keep_attention: Iterable[int | str]
+) -> tuple[int, ...]:
     """Blocks whose attention may be removed.
 
+    Args:
+        architecture: of the model.
+        num_attentions: how many are to go.
+        keep_attention: blocks whose attention stays, in the notation of :func:`puzzle.space.block_indices`.
+
     Raises:
-        ValueError: fewer than ``num_attentions``.
+        ValueError: fewer than ``num_attentions``, or ``keep_attention`` names no blocks.
     """
+    keep_attention = tuple(keep_attention)
+    kept = block_indices(keep_attention, architecture.num_blocks, name="prune_attention.keep_attention")
     removable = tuple(
-        index
-        for index, block in enumerate(architecture.blocks)
-        if index >= keep_first_blocks and not block.attention.is_no_op
+        index for index, block in enumerate(architecture.blocks) if index not in kept and not block.attention.is_no_op
     )
     require(
         num_attentions <= len(removable),
         f"prune_attention.num_attentions={num_attentions}, but only {len(removable)} attentions can be removed "
-        f"(keep_first_blocks={keep_first_blocks} of {architecture.num_blocks} blocks); ask for fewer",
+        f"(keep_attention={list(keep_attention)} of {architecture.num_blocks} blocks); ask for fewer",
     )
     return removable
 
@@ -48,17 +57,31 @@ def score_removals(
     sequences: Tensor,
     *,
     batch_size: int,
-) -> ScoreTable:
-    """Replace-1-block scores of every removal, the FFN left as it is, beside the zero rows of the model itself."""
+    iterative_removals: int = 0,
+    compile: bool = False,
+) -> Scores:
+    """Replace-1-block scores of every removal, the FFN left as it is, beside the zero rows of the model itself.
+
+    Arguments are those of :func:`puzzle.score.score_variants`.
+    """
     variants: list[tuple[BlockConfig, ...]] = [(block,) for block in architecture.blocks]
     for index in removable:
         variants[index] += (replace(architecture.blocks[index], attention=NO_ATTENTION),)
-    return score_variants(model, architecture, variants, _nothing_replaced, sequences, batch_size=batch_size)
+    return score_variants(
+        ParentSlice.whole(model),
+        architecture,
+        variants,
+        _nothing_replaced,
+        sequences,
+        batch_size=batch_size,
+        iterative_removals=iterative_removals,
+        compile=compile,
+    )
 
 
 def removal_klds(scores: ScoreTable, architecture: Architecture) -> dict[int, float]:
     """KLD of every scored removal by block, in nats per token."""
-    return {row.block: row.kld for row in scores.rows if row.variant != architecture.blocks[row.block].name}
+    return {row.block: row.values["kld"] for row in scores.rows if row.variant != architecture.blocks[row.block].name}
 
 
 def select_removals(klds: Mapping[int, float], num_attentions: int, *, contiguous: bool) -> tuple[int, ...]:

@@ -22,8 +22,6 @@ from distill.config import require
 from puzzle.config import WorkloadConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, AttentionConfig, FFNConfig
 
-Metric = Literal["kld", "lm_loss", "hidden_cosine"]
-"""Score columns that a search can minimise."""
 Phase = Literal["decode", "prefill", "request"]
 """decode: one token; prefill: the prompt; request: the prompt and all generated tokens."""
 Record = TypeVar("Record")
@@ -74,19 +72,21 @@ def parse_variant(name: str) -> tuple[AttentionConfig, FFNConfig]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
-    """What one variant at one block, alone, does to the parent. Lower is better; the parent's own variant is 0."""
+    """What one variant at one block, alone, does to the model that was scored.
+
+    Every value is a difference to that model, lower is better, and 0 means no change: sums over blocks carry no
+    baseline, whether a replacement stands for one block or for many.
+    """
 
     block: int
     variant: str
-    kld: float
-    """KL(parent || child) per token, in nats."""
-    lm_loss: float
-    """Next-token loss of the child minus that of the parent, in nats per token: a difference, so that sums over blocks
-    carry no baseline."""
-    hidden_cosine: float
-    """Mean over tokens of 1 - cos between the final hidden states."""
-    kld_stderr: float
-    """Standard error of kld, in nats."""
+    values: dict[str, float]
+    """By metric. kld: KL(parent || child) in nats per token; lm_loss: next-token loss in nats; top1_disagreement: share
+    of tokens where the likeliest next token is another; hidden_cosine: mean of 1 - cos between the final hidden states;
+    a task of lm-eval: drop in its accuracy."""
+    stderr: dict[str, float]
+    """Standard error over sequences of some of the values. All rows see the same sequences, so differences between rows
+    are much more certain than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +98,20 @@ class ScoreTable:
     num_tokens: int
     """Tokens that every row was measured on."""
     rows: tuple[ScoreRow, ...]
+    base: tuple[str, ...] | None = None
+    """Variants of the model that was scored, where it is not the parent: scores are then conditional on its depth."""
+    base_values: dict[str, float] | None = None
+    """What that model is away from the parent, by metric."""
 
     def __post_init__(self) -> None:
         require(len(self.rows) > 0, "scores: the table has no rows; score the library first")
         _require_unique(((f"block {row.block}", row.variant) for row in self.rows), "scores")
         for row in self.rows:
             parse_variant(row.variant)
-            _require_numbers(row, f"scores: block {row.block}, variant {row.variant}", minimum=-math.inf)
+            where = f"scores: block {row.block}, variant {row.variant}"
+            require(len(row.values) > 0, f"{where} has no value")
+            for name, value in (*row.values.items(), *row.stderr.items()):
+                require(math.isfinite(value), f"{where}: {name} is {value}, not a finite number; measure it again")
         blocks = {row.block for row in self.rows}
         require(
             blocks == set(range(len(blocks))),
@@ -116,11 +123,25 @@ class ScoreTable:
         """Blocks of the parent."""
         return len({row.block for row in self.rows})
 
-    def by_block(self, metric: Metric) -> tuple[dict[str, float], ...]:
-        """``metric`` of every variant, block by block, in the order of the rows."""
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics that every row has."""
+        return tuple(name for name in self.rows[0].values if all(name in row.values for row in self.rows))
+
+    def by_block(self, metric: str) -> tuple[dict[str, float], ...]:
+        """``metric`` of every variant, block by block, in the order of the rows.
+
+        Raises:
+            ValueError: a row lacks the metric.
+        """
         blocks: tuple[dict[str, float], ...] = tuple({} for _ in range(self.num_blocks))
         for row in self.rows:
-            blocks[row.block][row.variant] = getattr(row, metric)
+            require(
+                metric in row.values,
+                f"scores: block {row.block}, variant {row.variant} has no {metric}; all rows have "
+                f"{', '.join(self.metrics) or 'no metric in common'}",
+            )
+            blocks[row.block][row.variant] = row.values[metric]
         return blocks
 
     def write(self, path: Path) -> None:
@@ -139,7 +160,11 @@ class ScoreTable:
 
 @dataclass(frozen=True, kw_only=True)
 class SubblockCost:
-    """What one subblock, its norm and its residual included, costs at the table's workload."""
+    """What one subblock, its norm and its residual included, costs at the table's workload.
+
+    Under tensor parallelism times, weights and KV cache are those of one rank, all-reduce included; parameters are
+    those of the whole subblock.
+    """
 
     subblock: Literal["attention", "ffn"]
     variant: str
@@ -191,7 +216,12 @@ class TotalCost:
 class CostTable:
     """Costs of every subblock variant for one workload on one device."""
 
+    source: str
+    """measured, analytic, vllm, or the name that a user gives."""
+    hardware: str
+    """Device that the times are of."""
     workload: WorkloadConfig
+    """With this table's own batch size."""
     kv_tokens: int
     """Positions per sequence that a KV cache holds at full context: the context, or the sliding window if shorter."""
     overhead: OverheadCost
@@ -270,22 +300,43 @@ class CostTable:
 
 @dataclass(frozen=True, kw_only=True)
 class CostFile:
-    """``costs.json``: costs from several sources for one parent, workload and device."""
+    """``costs.json``: costs of one parent from several sources and at several batch sizes."""
 
     architecture: dict[str, Any]
     """The parent as a Hugging Face config."""
-    hardware: dict[str, str]
-    """Device that the times of each table are of."""
     workload: WorkloadConfig
-    tables: dict[str, CostTable]
-    """``measured`` and ``analytic``, or what a user brings."""
+    """With the batch size that figures are stated for unless they name another."""
+    tables: tuple[CostTable, ...]
+    """One for every source and batch size."""
+
+    def __post_init__(self) -> None:
+        keys = [(table.source, table.workload.batch_size) for table in self.tables]
+        for source, size in keys:
+            require(
+                keys.count((source, size)) == 1,
+                f"costs: there are two tables from {source} at batch size {size}; keep one",
+            )
+        require(len(self.tables) > 0, "costs: there is no table; measure costs first")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Distinct sources, in order."""
+        return tuple(dict.fromkeys(table.source for table in self.tables))
+
+    def of_source(self, source: str) -> dict[int, CostTable]:
+        """The tables of one source by batch size, the workload's own batch size first.
+
+        Raises:
+            ValueError: there is none.
+        """
+        require(source in self.sources, f"costs have no table from {source!r}, only from {', '.join(self.sources)}")
+        found = {table.workload.batch_size: table for table in self.tables if table.source == source}
+        own = self.workload.batch_size
+        return {size: found[size] for size in sorted(found, key=lambda size: (size != own, size))}
 
     def write(self, path: Path) -> None:
         """Write ``costs.json``."""
-        content = asdict(self)
-        for table in content["tables"].values():
-            del table["workload"]
-        _write_json(path, content)
+        _write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> CostFile:
@@ -294,14 +345,7 @@ class CostFile:
         Raises:
             ValueError: a field is missing, a cost is negative or not finite, or a row stands twice.
         """
-        content = _read_json(path)
-        tables = content.get("tables")
-        if isinstance(tables, dict):
-            content["tables"] = {
-                name: {**table, "workload": content.get("workload")} if isinstance(table, dict) else table
-                for name, table in tables.items()
-            }
-        return _from_json(cls, content, path)
+        return _from_json(cls, _read_json(path), path)
 
 
 def _require_unique(keys: Iterable[tuple[str, str]], table: str) -> None:

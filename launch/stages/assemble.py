@@ -20,6 +20,10 @@ def run(config: AssembleStage, inputs: Inputs, context: StageContext) -> StageRe
     found = json.loads((inputs["solution"].path / "solution.json").read_text())
     own, index, solutions = inputs["parent"].manifest.fingerprint, config.assemble.solution, found["solutions"]
     require(
+        found["parent"] is not None,
+        "the solution comes from tables of unknown origin; search with scores or costs that a stage made of the parent",
+    )
+    require(
         found["parent"] == own,
         f"the solution is for model {found['parent'][:12]}, parent is {own[:12]}; name the parent that was searched",
     )

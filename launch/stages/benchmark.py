@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from distill.config import require
 from distill.engine.base import resolve_device
 from launch.externals import hardware
+from launch.quantities import num_bytes, serving
 from launch.registry import BenchmarkStage
 from launch.stage import Inputs, StageContext, StageResult
+from puzzle.config import WorkloadConfig
 from puzzle.latency import (
     cpu_threads,
     models_ms,
@@ -23,6 +26,7 @@ from puzzle.latency import (
     torch_dtype,
 )
 from puzzle.model import stats
+from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model, read_architecture
 
 NOISY_SPREAD = 0.25
@@ -32,13 +36,14 @@ NOISY_SPREAD = 0.25
 def run(config: BenchmarkStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Write ``benchmark.json``: all models in one process, timed in turns."""
     workload, benchmark, device = config.workload, config.benchmark, resolve_device(config.engine)
+    require(
+        workload.tensor_parallel == 1,
+        f"workload.tensor_parallel={workload.tensor_parallel}: the benchmark runs whole models on one device; set "
+        "workload.tensor_parallel=1",
+    )
     names = ["parent", *(name for name in inputs if name != "parent")]
     architectures = {name: read_architecture(inputs[name].path) for name in names}
-    size = workload.bytes_per_value
-    memory = {
-        name: {"weight_bytes": stats.weight_bytes(a, size), "kv_bytes_per_token": stats.kv_bytes_per_token(a, size)}
-        for name, a in architectures.items()
-    }
+    memory = {name: _memory(architecture, workload) for name, architecture in architectures.items()}
     for name, architecture in architectures.items():
         require_positions(workload, architecture, name)
     require_memory(sum(row["weight_bytes"] for row in memory.values()), device)
@@ -59,15 +64,31 @@ def run(config: BenchmarkStage, inputs: Inputs, context: StageContext) -> StageR
         "rounds_ms": rounds,
     }
     (context.out / "benchmark.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return StageResult(headline=_headline(rows), metrics={"models": rows})
+    return StageResult(headline=_headline(rows, workload), metrics={"models": rows, "workload": asdict(workload)})
 
 
-def _headline(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _memory(architecture: Architecture, workload: WorkloadConfig) -> dict[str, int]:
+    """Bytes of the weights, of the KV cache per token and sequence, and of both at the workload's batch and length."""
+    size = workload.bytes_per_value
+    weight_bytes, per_token = stats.weight_bytes(architecture, size), stats.kv_bytes_per_token(architecture, size)
+    num_cached = workload.batch_size * min(
+        workload.max_context_tokens, architecture.sliding_window or workload.max_context_tokens
+    )
+    return {
+        "weight_bytes": weight_bytes,
+        "kv_bytes_per_token": per_token,
+        "memory_bytes": weight_bytes + num_cached * per_token,
+    }
+
+
+def _headline(rows: Mapping[str, Mapping[str, Any]], workload: WorkloadConfig) -> str:
     parts = []
     for phase in ("decode", "prefill"):
         parent = f"{phase} {rows['parent'][f'{phase}_ms']:.3g} ms parent"
         ratios = [f"{name} {row[f'{phase}_vs_parent']:.2f}x" for name, row in rows.items() if name != "parent"]
         parts.append(", ".join([parent, *ratios]))
+    parts.append(f"{num_bytes(rows['parent']['memory_bytes'])} parent")
+    parts.append(serving(asdict(workload)))
     worst = max(row[f"{phase}_spread"] for row in rows.values() for phase in ("decode", "prefill"))
     if worst > NOISY_SPREAD:
         parts.append(f"noisy: rounds spread by {worst:.0%}, repeat on an idle machine")

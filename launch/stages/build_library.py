@@ -1,33 +1,49 @@
-"""Stage build_library: parent, data -> a trained replacement for every variant that is not the parent's own."""
+"""Stage build_library: parent, data -> a replacement for every variant that the parent's own weights do not serve."""
 
 from __future__ import annotations
 
-import shutil
+import json
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
+from torch import Tensor
+
+from distill import distributed
 from distill.config import require
 from distill.data.dataset import Batches, TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
-from distill.engine.base import resolve_device, resolve_dtype
 from distill.tracking import Tracker
+from launch.artifact import fingerprinted_config, require_made_from
 from launch.registry import BuildLibraryStage
 from launch.stage import Inputs, StageContext, StageResult
-from puzzle.bld import BldSettings, distill_library
+from puzzle.bld import Init, distill_library
 from puzzle.child_init import checkpoint_init
-from puzzle.importance import channel_contributions, rank_channels
-from puzzle.library import INDEX_FILE, BlockLibrary, space_replacements
+from puzzle.group_training import BldSettings
+from puzzle.importance import measure_rankings
+from puzzle.library import BlockLibrary, Variants, crossed_variants, library_init, library_replacements
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
+from puzzle.model.checkpoint import TensorReader, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING
+from puzzle.pool import ReplacementPool
+from puzzle.slices import ParentSlice, load_slice
+from puzzle.space import block_variants
+
+POOL_DIR = "replacements"
+
+IN_THE_INIT = ("mode", "ffn_importance", "importance_rounds", "kv_init")
+"""Settings that change a replacement's first weights or its name, both of which are in its key, and nothing else."""
 
 
 def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Importance, child init, BLD. Writes ``library.json``, ``replacements/`` and ``metrics.jsonl``."""
+    if "library" in inputs:
+        require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
     parent_dir, train = inputs["parent"].path, config.library.bld
     architecture = read_architecture(parent_dir)
-    replacements = space_replacements(architecture, config.space)
+    variants = _variants(config, inputs, architecture)
+    replacements = library_replacements(architecture, variants, config.library.mode)
     require(len(replacements) > 0, "space: no variant needs weights; give it ffn_fracs, kv_heads or attention_no_op")
     require(
         train.seq_len <= architecture.max_positions,
@@ -44,45 +60,101 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
         engine=config.engine,
         batches=Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed),
         held_out=calibration[num_ranking:],
+        nmse=config.library.nmse,
+        learns=config.library.train,
     )
-    parent = load_model(parent_dir, device=resolve_device(config.engine), dtype=resolve_dtype(config.engine))
-    contributions = channel_contributions(parent, calibration[:num_ranking], batch_size=settings.micro_batch)
-    rankings = {index: rank_channels(values) for index, values in contributions.items()}
-    with (
-        TensorReader(parent_dir) as reader,
-        Tracker(
-            context.out / "metrics.jsonl",
-            context.tracking,
-            run_name=context.run_name,
-            step_name=context.step_name,
-            stage="build_library",
-            settings=asdict(config),
-        ) as tracker,
-    ):
-        library = _library_under_construction(context.resume / "library", architecture, reader)
-        init = checkpoint_init(reader, architecture, rankings)
-        distill_library(library, parent, replacements, init, settings, resume_dir=context.resume, tracker=tracker)
-    shutil.copytree(library.directory, context.out, dirs_exist_ok=True)
-    return _result(library, tokens=train.num_steps * train.tokens_per_step)
+    parent = load_slice(parent_dir, config.engine)
+    with TensorReader(parent_dir) as reader, _tracker(config, context) as tracker:
+        library = BlockLibrary.create(
+            context.out, architecture, variants, dtype=reader.dtype(EMBEDDING), mode=config.library.mode
+        )
+        tokens = distill_library(
+            library,
+            parent,
+            replacements,
+            _init(config, inputs, reader, architecture, parent, calibration[:num_ranking], settings.micro_batch),
+            settings,
+            pool=ReplacementPool(directory=context.pool / POOL_DIR, facts=_facts(config, inputs)),
+            resume_dir=context.resume,
+            tracker=tracker,
+        )
+    return _result(library, tokens=tokens)
 
 
-def _library_under_construction(directory: Path, parent: Architecture, reader: TensorReader) -> BlockLibrary:
-    """In the resume directory, so that what an interrupted attempt has finished is kept."""
-    if (directory / INDEX_FILE).is_file():
-        return BlockLibrary.open(directory)
-    return BlockLibrary.create(directory, parent, dtype=reader.dtype(EMBEDDING))
+def _variants(config: BuildLibraryStage, inputs: Inputs, parent: Architecture) -> Variants:
+    """Those of the space; with an earlier solution, those that its solutions and Pareto points made use of."""
+    variants = tuple(block_variants(parent, index, config.space) for index in range(parent.num_blocks))
+    if "solution" not in inputs:
+        return variants
+    found = json.loads((inputs["solution"].path / "solution.json").read_text())
+    own = inputs["parent"].manifest.fingerprint
+    require(
+        found["parent"] == own,
+        f"the solution is for model {str(found['parent'])[:12]}, parent is {own[:12]}; name the parent that was "
+        "searched",
+    )
+    chosen = {name for row in [*found["solutions"], *found["pareto"]] for name in row["blocks"]}
+    return crossed_variants(variants, chosen)
+
+
+def _init(
+    config: BuildLibraryStage,
+    inputs: Inputs,
+    reader: TensorReader,
+    architecture: Architecture,
+    parent: ParentSlice,
+    ranking_sequences: Tensor,
+    micro_batch: int,
+) -> Init:
+    """First weights: from an earlier library where there is one, else from the parent's."""
+    if "library" not in inputs:
+        rankings = measure_rankings(parent, ranking_sequences, batch_size=micro_batch, config=config.library)
+        return checkpoint_init(reader, architecture, rankings, config.library.kv_init)
+    earlier = BlockLibrary.open(inputs["library"].path)
+    earlier.require_parent(architecture)
+    return library_init(earlier, reader)
+
+
+def _facts(config: BuildLibraryStage, inputs: Inputs) -> dict[str, object]:
+    """What the weights of a replacement depend on beside what it is and what it starts from."""
+    library = fingerprinted_config(config.library)
+    return {
+        "parent": inputs["parent"].manifest.fingerprint,
+        "data": inputs["data"].manifest.fingerprint,
+        "library": {name: value for name, value in library.items() if name not in IN_THE_INIT},
+        "precision": config.engine.precision,
+        "seed": config.seed,
+    }
+
+
+@contextmanager
+def _tracker(config: BuildLibraryStage, context: StageContext) -> Iterator[Tracker | None]:
+    """The curve of the first process, whose replacements stand for all."""
+    if not distributed.is_main():
+        yield None
+        return
+    with Tracker(
+        context.out / "metrics.jsonl",
+        context.tracking,
+        run_name=context.run_name,
+        step_name=context.step_name,
+        stage="build_library",
+        settings=asdict(config),
+    ) as tracker:
+        yield tracker
 
 
 def _result(library: BlockLibrary, *, tokens: int) -> StageResult:
     entries = library.entries.values()
     before = statistics.median(entry.bld_nmse_init for entry in entries)
     after = statistics.median(entry.bld_nmse for entry in entries)
-    num_kept = sum(entry.bld_nmse >= entry.bld_nmse_init for entry in entries)
+    num_kept = sum(not entry.trained for entry in entries)
     kept = f", {num_kept} kept as initialised" if num_kept else ""
     return StageResult(
         headline=f"{len(entries)} replacements, median held-out NMSE {before:.3g} -> {after:.3g}{kept}",
         metrics={
             "num_replacements": len(entries),
+            "num_block_variants": sum(map(len, library.variants)),
             "num_kept_as_initialised": num_kept,
             "median_nmse_init": before,
             "median_nmse": after,

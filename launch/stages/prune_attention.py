@@ -23,7 +23,7 @@ def run(config: PruneAttentionStage, inputs: Inputs, context: StageContext) -> S
     model_dir, prune = inputs["model"].path, config.prune_attention
     architecture = read_architecture(model_dir)
     removable = removable_attentions(
-        architecture, num_attentions=prune.num_attentions, keep_first_blocks=prune.keep_first_blocks
+        architecture, num_attentions=prune.num_attentions, keep_attention=prune.keep_attention
     )
     require(
         prune.seq_len <= architecture.max_positions,
@@ -34,11 +34,19 @@ def run(config: PruneAttentionStage, inputs: Inputs, context: StageContext) -> S
     sequences = dataset.split("calibration").first(prune.num_sequences, prune.seq_len)
     model = load_model(model_dir, device=resolve_device(config.engine), dtype=resolve_dtype(config.engine))
 
-    scores = score_removals(model, architecture, removable, sequences, batch_size=prune.batch_size)
-    klds = removal_klds(scores, architecture)
-    removed = select_removals(klds, prune.num_attentions, contiguous=prune.contiguous)
+    scores = score_removals(
+        model,
+        architecture,
+        removable,
+        sequences,
+        batch_size=prune.batch_size,
+        iterative_removals=prune.num_attentions if prune.iterative else 0,
+        compile=config.engine.compile,
+    )
+    klds = removal_klds(scores.table, architecture)
+    removed = scores.removals or select_removals(klds, prune.num_attentions, contiguous=prune.contiguous)
     pruned = remove_attentions(model_dir, architecture, removed, context.out)
-    scores.write(context.out / "scores.json")
+    scores.table.write(context.out / "scores.json")
     num_attentions = sum(not block.attention.is_no_op for block in architecture.blocks)
     longest = max((last - first + 1 for first, last in pruned.attention_free_runs()), default=0)
     return StageResult(

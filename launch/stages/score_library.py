@@ -1,56 +1,120 @@
-"""Stage score_library: parent, library, data -> what every variant of every block, alone, does to the parent."""
+"""Stage score_library: parent, library, data -> what every variant of every block, alone, does to the parent.
+
+With a solution as further input: what the variants do to the parent without the subblocks that the solution lacks.
+"""
 
 from __future__ import annotations
 
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
 from distill.config import require
 from distill.data.dataset import TokenDataset
-from distill.data.tokenizer import require_same_tokenizer
-from distill.engine.base import resolve_device, resolve_dtype
-from launch.artifact import require_made_from
+from distill.data.tokenizer import load_tokenizer, require_same_tokenizer
+from distill.distributed import is_main
+from launch.artifact import Artifact, require_made_from
 from launch.registry import ScoreLibraryStage
 from launch.stage import Inputs, StageContext, StageResult
+from puzzle.assemble import child_architecture
+from puzzle.config import ScoreConfig
 from puzzle.library import BlockLibrary
-from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import load_model, read_architecture
-from puzzle.score import score_variants
-from puzzle.space import block_variants
+from puzzle.model.architecture import NO_ATTENTION, Architecture, BlockConfig
+from puzzle.model.checkpoint import read_architecture
+from puzzle.score import at_depth, score_variants
+from puzzle.slices import load_slice
 from puzzle.tables import ScoreTable, parse_variant
+from puzzle.task_scores import add_task_scores
 
 NUM_NAMED = 3
 """Cheapest removals that the headline names."""
 
 
 def run(config: ScoreLibraryStage, inputs: Inputs, context: StageContext) -> StageResult:
-    """Write ``scores.json``."""
+    """Write ``scores.json``, and ``scores.safetensors`` with the values of every sequence: [rows, sequences]."""
     require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
-    parent_dir, seq_len = inputs["parent"].path, config.scores.seq_len
+    parent_dir, settings = inputs["parent"].path, config.scores
     architecture = read_architecture(parent_dir)
     library = BlockLibrary.open(inputs["library"].path)
-    variants = [block_variants(architecture, index, config.space) for index in range(architecture.num_blocks)]
+    library.require_parent(architecture)
+    variants: Sequence[Sequence[BlockConfig]] = library.variants
+    base: tuple[BlockConfig, ...] | None = None
+    if "solution" in inputs:
+        base, variants = _at_depth_of(inputs["solution"], inputs["parent"], library, settings)
     library.require_variants(variants)
-    require(
-        seq_len <= architecture.max_positions,
-        f"scores.seq_len={seq_len} is beyond the {architecture.max_positions} positions of the parent; lower it",
-    )
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, parent_dir, "parent")
-    sequences = dataset.split("calibration").first(config.scores.num_sequences, seq_len)
-    parent = load_model(parent_dir, device=resolve_device(config.engine), dtype=resolve_dtype(config.engine))
+    sequences = calibration_sequences(dataset, settings, architecture)
+    parent = load_slice(parent_dir, config.engine)
 
     scores = score_variants(
-        parent, architecture, variants, library.tensors, sequences, batch_size=config.scores.batch_size
+        parent,
+        architecture,
+        variants,
+        library.tensors,
+        sequences,
+        batch_size=settings.batch_size,
+        base=base,
+        iterative_removals=settings.iterative_removals,
+        compile=config.engine.compile,
     )
-    scores.write(context.out / "scores.json")
-    removals = cheapest_removals(scores, architecture)
-    return StageResult(
-        headline=_headline(scores, removals),
-        metrics={
-            "num_scores": len(scores.rows),
-            "num_tokens": scores.num_tokens,
-            "parent_lm_loss": scores.parent["lm_loss"],
-            "cheapest_attention_removals": removals,
-        },
+    table = scores.table
+    if settings.tasks:
+        tokenizer = load_tokenizer(parent_dir)
+        table = add_task_scores(table, parent, architecture, variants, library.tensors, tokenizer, settings, base=base)
+    if is_main():
+        table.write(context.out / "scores.json")
+        save_file(scores.per_sequence, context.out / "scores.safetensors")
+    return _result(table, scores.removals, architecture)
+
+
+def calibration_sequences(dataset: TokenDataset, scores: ScoreConfig, parent: Architecture) -> Tensor:
+    """Token ids [num_sequences, seq_len] that everything is scored on.
+
+    Raises:
+        ValueError: the calibration split is shorter, or ``scores.seq_len`` is beyond the parent's positions.
+    """
+    require(
+        scores.seq_len <= parent.max_positions,
+        f"scores.seq_len={scores.seq_len} is beyond the {parent.max_positions} positions of the parent; lower it",
     )
+    num_skipped = scores.skip_sequences
+    return dataset.split("calibration").first(num_skipped + scores.num_sequences, scores.seq_len)[num_skipped:]
+
+
+def _at_depth_of(
+    solution: Artifact, parent: Artifact, library: BlockLibrary, scores: ScoreConfig
+) -> tuple[tuple[BlockConfig, ...], tuple[tuple[BlockConfig, ...], ...]]:
+    """The base that lacks what the best solution lacks, and the variants that are left."""
+    require(
+        scores.iterative_removals == 0,
+        f"scores.iterative_removals={scores.iterative_removals} beside the input `solution`, which settles what goes; "
+        "choose one",
+    )
+    found = read_solution(solution.path, parent)
+    base, variants = at_depth(
+        library.variants, child_architecture(library.parent, found["solutions"][0]["blocks"]).blocks
+    )
+    library.require_variants([(block,) for block in base])
+    return base, variants
+
+
+def read_solution(directory: Path, parent: Artifact) -> dict[str, Any]:
+    """Content of a ``solution.json``. Raises ``ValueError`` where it is for another model than ``parent``."""
+    found = json.loads((directory / "solution.json").read_text())
+    own = parent.manifest.fingerprint
+    # A search in a user's own tables knows no model; its variants are compared with the library's later.
+    require(
+        found["parent"] in (None, own),
+        f"the solution is for model {str(found['parent'])[:12]}, the parent given is {own[:12]}; "
+        "give the one that was searched",
+    )
+    return found
 
 
 def cheapest_removals(scores: ScoreTable, parent: Architecture) -> list[int]:
@@ -60,15 +124,28 @@ def cheapest_removals(scores: ScoreTable, parent: Architecture) -> list[int]:
         own = parent.blocks[row.block]
         attention, ffn = parse_variant(row.variant)
         if attention.is_no_op and not own.attention.is_no_op and ffn == own.ffn:
-            klds[row.block] = row.kld
+            klds[row.block] = row.values["kld"]
     return sorted(klds, key=klds.__getitem__)
 
 
-def _headline(scores: ScoreTable, removals: list[int]) -> str:
-    dearest = max(range(scores.num_blocks), key=[_mean(block) for block in scores.by_block("kld")].__getitem__)
-    text = f"{len(scores.rows)} scores; dearest block {dearest}"
-    return f"{text}; cheapest attention removals: {' '.join(map(str, removals[:NUM_NAMED]))}" if removals else text
-
-
-def _mean(klds: dict[str, float]) -> float:
-    return sum(klds.values()) / len(klds)
+def _result(scores: ScoreTable, removed: tuple[int, ...], parent: Architecture) -> StageResult:
+    removals = [] if scores.base else cheapest_removals(scores, parent)
+    means = [statistics.fmean(block.values()) for block in scores.by_block("kld")]
+    headline = f"{len(scores.rows)} scores; dearest block {means.index(max(means))}"
+    metrics: dict[str, Any] = {
+        "num_scores": len(scores.rows),
+        "num_tokens": scores.num_tokens,
+        "parent_lm_loss": scores.parent["lm_loss"],
+        "cheapest_attention_removals": removals,
+    }
+    if scores.base_values:
+        headline += f"; beside a base of KLD {scores.base_values['kld']:.3g}"
+        metrics["base_values"] = scores.base_values
+    if removed:
+        klds = scores.by_block("kld")
+        total = sum(klds[index][f"{NO_ATTENTION.name}+{parent.blocks[index].ffn.name}"] for index in removed)
+        headline += f"; {len(removed)} attentions removed one after another cost KLD {total:.3g}"
+        metrics |= {"iterative_removals": list(removed), "iterative_removal_kld": total}
+    elif removals:
+        headline += f"; cheapest attention removals: {' '.join(map(str, removals[:NUM_NAMED]))}"
+    return StageResult(headline=headline, metrics=metrics)

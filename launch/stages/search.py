@@ -3,61 +3,206 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from distill.config import require
 from fusion.config import FuseConfig
+from launch import result_table
 from launch.registry import SearchStage
 from launch.stage import Inputs, StageContext, StageResult
-from puzzle.mip import Problem, Solution, budgets_of, build_problem, find_solutions, pareto_front
+from puzzle.baselines import METHODS, find
+from puzzle.config import SearchConfig
+from puzzle.mip import pareto_front
 from puzzle.model.architecture import NO_ATTENTION
 from puzzle.model.hf_config import architecture_from_config
-from puzzle.tables import CostFile, ScoreTable, TotalCost, parse_variant
+from puzzle.own_tables import Scores, read_costs, read_scores, scores_of
+from puzzle.search_problem import (
+    TOLERANCE,
+    Costs,
+    FusionRule,
+    InfeasibleError,
+    Problem,
+    Solution,
+    best_parent_throughput,
+    budgets_of,
+    build_problem,
+    costs_of,
+)
+from puzzle.tables import CostFile, ScoreTable, parse_variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """What is searched, from wherever."""
+
+    scores: Scores
+    costs: tuple[Costs, ...]
+    """One for every batch size, the workload's own first."""
+    parent: tuple[str, ...]
+    hardware: str | None = None
+    """Device that the costs are of; None: unknown."""
+    workload: Mapping[str, Any] | None = None
 
 
 def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResult:
-    """Write ``solution.json``: solutions, best first, and the Pareto front at the given latency budgets."""
+    """Write ``solution.json``: solutions, best first, and the Pareto front at the given latency budgets.
+
+    Every batch size is searched by itself; of equal scores the one at the workload's own batch size comes first.
+    """
     search = config.search
-    scores = ScoreTable.read(inputs["scores"].path / "scores.json")
-    costs = CostFile.read(inputs["costs"].path / "costs.json")
-    require(
-        search.cost_table in costs.tables,
-        f"search.cost_table={search.cost_table} is not in costs.json, which has {', '.join(costs.tables)}",
-    )
-    _require_same_parent(inputs)
     if search.fusion_aware:
         _require_modelled(config.fuse)
-    parent = [block.name for block in architecture_from_config(costs.architecture).blocks]
-    problem = build_problem(
-        scores.by_block(search.metric),
-        costs.tables[search.cost_table],
-        parent,
-        search,
-        leave_last_out=config.fuse.leave_last_out,
-    )
-
-    solutions = find_solutions(problem, budgets_of(problem, search.constraint))
-    front = pareto_front(problem)
-    rows = [_row(problem, solution) for solution in solutions]
+    _require_same_parent(inputs)
+    tables = _read(search, inputs)
+    throughput = None
+    if search.constraint.throughput_ratio is not None:
+        throughput = best_parent_throughput(tables.costs, tables.parent, search.constraint.memory_gib)
+    rule = FusionRule(leave_last_out=config.fuse.leave_last_out, min_length=config.fuse.min_length)
+    problems = [
+        build_problem(
+            tables.scores.by_block,
+            costs,
+            tables.parent,
+            search,
+            fusion=rule,
+            is_conditional=tables.scores.is_conditional,
+        )
+        for costs in _chosen_sizes(search, tables.costs)
+    ]
+    solutions, tried = _solutions(problems, throughput)
+    front = _front(problems, throughput)
+    parent_costs = {
+        problem.costs.batch_size: _costs(problem, problem.costs.total(problem.parent)) for problem in problems
+    }
+    rows = [_row(problems[0], solution, parent_costs) for solution in solutions]
     content = {
         "metric": search.metric,
         "latency": search.latency,
-        "cost_table": search.cost_table,
-        "parent": inputs["scores"].manifest.inputs["parent"].fingerprint,
-        "hardware": costs.hardware.get(search.cost_table),
-        "workload": asdict(costs.workload),
+        "method": search.method,
+        "cost_table": search.cost_table if search.costs is None else search.costs,
+        "parent": _parent_fingerprint(inputs),
+        "hardware": tables.hardware,
+        "workload": tables.workload,
+        "conditional": tables.scores.is_conditional,
+        "batch_sizes": tried,
         "solutions": rows,
-        "pareto": [{"latency_frac": frac, **_row(problem, best)} for frac, best in front.items() if best is not None],
+        "pareto": [
+            {"latency_frac": frac, **_row(problems[0], best, parent_costs)}
+            for frac, best in front.items()
+            if best is not None
+        ],
         "pareto_out_of_reach": [frac for frac, best in front.items() if best is None],
     }
     (context.out / "solution.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if search.scores is not None or search.costs is not None:
+        result_table.show(problems[0].parent, tables.scores.by_block, rows[0], metric=search.metric)
     metrics = {key: value for key, value in rows[0].items() if key != "blocks"}
-    return StageResult(headline=_headline(problem, solutions), metrics={**metrics, "num_solutions": len(solutions)})
+    return StageResult(
+        headline=_headline(problems, solutions, rows[0]), metrics={**metrics, "num_solutions": len(solutions)}
+    )
+
+
+def _read(search: SearchConfig, inputs: Inputs) -> Tables:
+    """Scores and costs, each from an artifact or from a file of the user's."""
+    if search.scores is not None:
+        scores = read_scores(Path(search.scores).expanduser(), search.metric)
+    else:
+        scores = scores_of(ScoreTable.read(inputs["scores"].path / "scores.json"), search.metric)
+    if search.costs is not None:
+        found = read_costs(Path(search.costs).expanduser(), scores)
+    else:
+        found = CostFile.read(inputs["costs"].path / "costs.json")
+    if not isinstance(found, CostFile):
+        assert scores.parent is not None
+        return Tables(scores=scores, costs=found, parent=scores.parent)
+    parent = tuple(block.name for block in architecture_from_config(found.architecture).blocks)
+    require(
+        len(scores.by_block) == len(parent),
+        f"scores cover {len(scores.by_block)} blocks, the parent of the costs has {len(parent)}; "
+        "take both from one parent",
+    )
+    of_source = list(found.of_source(search.cost_table).values())
+    return Tables(
+        scores=scores,
+        costs=tuple(costs_of(table, scores.by_block, parent) for table in of_source),
+        parent=parent,
+        hardware=of_source[0].hardware,
+        workload=asdict(of_source[0].workload),
+    )
+
+
+def _chosen_sizes(search: SearchConfig, costs: Sequence[Costs]) -> list[Costs]:
+    """The tables of ``search.batch_sizes``."""
+    known = {table.batch_size: table for table in costs}
+    for size in search.batch_sizes:
+        require(
+            size in known,
+            f"search.batch_sizes={list(search.batch_sizes)}: the costs have batch size "
+            f"{', '.join(map(str, known))}; measure {size} with costs.batch_sizes, or leave it out",
+        )
+    return [known[size] for size in search.batch_sizes or known]
+
+
+def _solutions(problems: Sequence[Problem], throughput: float | None) -> tuple[list[Solution], list[dict[str, Any]]]:
+    """Solutions over all batch sizes, best first and different enough, and what came of every batch size.
+
+    Raises:
+        InfeasibleError: no batch size has one; the message of the first one, and what the others say.
+    """
+    config = problems[0].config
+    found: list[Solution] = []
+    tried: list[dict[str, Any]] = []
+    for problem in problems:
+        budgets = budgets_of(problem, config.constraint, parent_throughput=throughput)
+        try:
+            own = find(problem, budgets)
+        except InfeasibleError as error:
+            tried.append({"batch_size": problem.costs.batch_size, "score": None, "infeasible": str(error)})
+            continue
+        tried.append({"batch_size": problem.costs.batch_size, "score": own[0].score, "infeasible": None})
+        found += own
+    if not found:
+        first, *others = tried
+        more = "".join(f"; at batch size {entry['batch_size']}: {entry['infeasible']}" for entry in others)
+        raise InfeasibleError(first["infeasible"] + more)
+    kept: list[Solution] = []
+    for solution in sorted(found, key=lambda solution: solution.score):
+        differences = (
+            sum(one != other for one, other in zip(solution.blocks, earlier.blocks, strict=True)) for earlier in kept
+        )
+        least = config.min_different_frac * len(solution.blocks) - TOLERANCE
+        if len(kept) < config.num_solutions and all(number >= least for number in differences):
+            kept.append(solution)
+    return kept, tried
+
+
+def _front(problems: Sequence[Problem], throughput: float | None) -> dict[float, Solution | None]:
+    """Best solution of all batch sizes at every latency budget; empty where latencies are unknown."""
+    best: dict[float, Solution | None] = {}
+    for problem in problems:
+        if problem.latency not in problem.costs.total(problem.parent):
+            continue
+        front = pareto_front(problem, find=METHODS[problem.config.method], parent_throughput=throughput)
+        for frac, solution in front.items():
+            earlier = best.get(frac)
+            better = solution is not None and (earlier is None or solution.score < earlier.score)
+            best[frac] = solution if better else earlier
+    return best
+
+
+def _parent_fingerprint(inputs: Inputs) -> str | None:
+    for name in ("scores", "costs"):
+        if name in inputs:
+            return inputs[name].manifest.inputs["parent"].fingerprint
+    return None
 
 
 def _require_same_parent(inputs: Inputs) -> None:
+    if not {"scores", "costs"} <= inputs.keys():
+        return
     parents = {name: inputs[name].manifest.inputs["parent"].fingerprint for name in ("scores", "costs")}
     require(
         parents["scores"] == parents["costs"],
@@ -67,9 +212,9 @@ def _require_same_parent(inputs: Inputs) -> None:
 
 
 def _require_modelled(fuse: FuseConfig) -> None:
-    """The fusion-aware cost merges whole runs; settings that split or shorten them would make it a wrong promise."""
+    """The fusion-aware cost merges whole runs; settings that split them would make it a wrong promise."""
     default = FuseConfig()
-    for name in ("min_length", "max_ffn_dim", "max_dependency", "groups"):
+    for name in ("max_ffn_dim", "max_dependency", "groups"):
         require(
             getattr(fuse, name) == getattr(default, name),
             f"fuse.{name}={getattr(fuse, name)} is not in the search's fusion-aware cost; set it for the fuse step "
@@ -77,33 +222,44 @@ def _require_modelled(fuse: FuseConfig) -> None:
         )
 
 
-def _row(problem: Problem, solution: Solution) -> dict[str, Any]:
+def _row(problem: Problem, solution: Solution, parent_costs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     return {
         **asdict(solution),
         "costs": _costs(problem, solution.costs),
-        "parent_costs": _costs(problem, problem.parent_costs),
+        "parent_costs": parent_costs[solution.batch_size],
     }
 
 
-def _costs(problem: Problem, total: TotalCost) -> dict[str, float]:
-    return {"latency_ms": problem.latency_ms(total), **asdict(total)}
+def _costs(problem: Problem, total: Mapping[str, float]) -> dict[str, float]:
+    latency = {"latency_ms": total[problem.latency]} if problem.latency in total else {}
+    return {**latency, **total}
 
 
-def _headline(problem: Problem, solutions: Sequence[Solution]) -> str:
-    best, config = solutions[0], problem.config
-    parent_ms = problem.latency_ms(problem.parent_costs)
-    attentions = [
-        (parse_variant(own)[0], parse_variant(chosen)[0])
-        for own, chosen in zip(problem.parent, best.blocks, strict=True)
-    ]
-    had = [chosen for own, chosen in attentions if own != NO_ATTENTION]
-    plain, fused = problem.latency_ms(best.costs) / parent_ms, best.predicted_fused_latency_ms / parent_ms
-    line = (
-        f"{had.count(NO_ATTENTION)} of {len(had)} attentions removed, "
-        f"predicted {config.latency} {plain:.2f}x (fused {fused:.2f}x), score {best.score:.3g}"
-    )
-    if best.status != "optimal":
+def _headline(problems: Sequence[Problem], solutions: Sequence[Solution], row: Mapping[str, Any]) -> str:
+    best, config, parent = solutions[0], problems[0].config, problems[0].parent
+    parts = [_removed(parent, best.blocks)]
+    if best.predicted_fused_latency_ms is not None:
+        parent_ms = row["parent_costs"]["latency_ms"]
+        plain, fused = row["costs"]["latency_ms"] / parent_ms, best.predicted_fused_latency_ms / parent_ms
+        parts.append(f"predicted {config.latency} {plain:.2f}x (fused {fused:.2f}x)")
+    if len(problems) > 1:
+        parts.append(f"batch size {best.batch_size}")
+    line = f"{', '.join(parts)}, score {best.score:.3g}"
+    if best.method != "mip":
+        line = f"{best.method}: {line}"
+    if best.status == "time_limit":
         line += f", not proven best (gap {best.mip_gap:.1%})"
     if len(solutions) < config.num_solutions:
         line += f"; {len(solutions)} of {config.num_solutions} solutions, no other differs enough within the budgets"
     return line
+
+
+def _removed(parent: Sequence[str], blocks: Sequence[str]) -> str:
+    """``3 of 4 attentions removed``; for names of the user's own, the number of changed blocks."""
+    try:
+        pairs = [(parse_variant(own)[0], parse_variant(new)[0]) for own, new in zip(parent, blocks, strict=True)]
+    except ValueError:
+        changed = sum(own != new for own, new in zip(parent, blocks, strict=True))
+        return f"{changed} of {len(parent)} blocks changed"
+    had = [chosen for own, chosen in pairs if own != NO_ATTENTION]
+    return f"{had.count(NO_ATTENTION)} of {len(had)} attentions removed"

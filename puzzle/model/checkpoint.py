@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from distill.config import require
 from puzzle.model import configuration_decilm, modeling_decilm
 from puzzle.model.architecture import Architecture
+from puzzle.model.block_range import keep_blocks, tensor_places
 from puzzle.model.configuration_decilm import DeciLMConfig
 from puzzle.model.hf_config import MODEL_TYPE, TOKEN_ID_KEYS, architecture_from_config, hf_config
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
@@ -279,18 +280,24 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _tie(model: DeciLMForCausalLM, architecture: Architecture) -> None:
-    if architecture.tie_embeddings:
+    if architecture.tie_embeddings and model.model.embed_tokens is not None and model.lm_head is not None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def load_model(
-    directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    blocks: range | None = None,
 ) -> DeciLMForCausalLM:
     """The model of ``directory`` in evaluation mode, by our own class: code in the directory is never run.
 
     Args:
         device: where the weights go, tensor by tensor.
         dtype: data type of the weights; None: as stored.
+        blocks: consecutive blocks to load alone, the embedding with the first block, final norm and head with the last.
+            Such a model runs block by block only, and no other tensor is read. None: the whole model.
 
     Raises:
         ValueError: no checkpoint, or its tensors are not exactly those of its configuration.
@@ -302,11 +309,14 @@ def load_model(
         require(not missing, f"{directory} lacks tensors that its config.json asks for: {', '.join(missing[:4])}")
         extra = sorted(set(reader.names()) - expected.keys())
         require(not extra, f"{directory} has tensors that its config.json does not ask for: {', '.join(extra[:4])}")
-        model = _empty_model(architecture, dtype or reader.dtype(next(iter(expected))))
-        for name, shape in expected.items():
-            stored = reader.shape(name)
+        own = range(architecture.num_blocks) if blocks is None else blocks
+        places = tensor_places(architecture, own)
+        model = _empty_model(architecture, dtype or reader.dtype(next(iter(places))))
+        keep_blocks(model, own)
+        for name, place in places.items():
+            stored, shape = reader.shape(name), expected[name]
             require(stored == shape, f"{directory}: {name} has shape {list(stored)}, config.json says {list(shape)}")
-            _set_tensor(model, name, reader.read(name).to(device=device, dtype=dtype or reader.dtype(name)))
+            _set_tensor(model, place, reader.read(name).to(device=device, dtype=dtype or reader.dtype(name)))
     _tie(model, architecture)
     return model.eval()
 

@@ -24,7 +24,9 @@ SEQ_LEN = 16
 
 def context(out: Path) -> StageContext:
     out.mkdir()
-    return StageContext(out=out, resume=out.parent / "resume", run_name="test", step_name=out.name)
+    return StageContext(
+        out=out, resume=out.parent / "resume", pool=out.parent / "pool", run_name="test", step_name=out.name
+    )
 
 
 def artifact(path: Path, *, fingerprint: str = "a" * 64, model: str = "a" * 64) -> SimpleNamespace:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,29 +130,28 @@ def metrics_file(start: float, end: float, tokens_before: int, num_tokens: int) 
 def score_table() -> ScoreTable:
     attentions = {"kv4": 0.0, "kv2": 0.01, "no_op": 0.03}
     ffns = {"w768": 0.0, "w512": 0.01, "w256": 0.05}
-    rows = [
-        ScoreRow(
-            block=block,
-            variant=f"{attention}+{ffn}",
-            **dict.fromkeys(("kld", "lm_loss", "hidden_cosine"), (a + f) * RNG.uniform(0.5, 3)),
-            kld_stderr=0.0,
-        )
-        for block in range(NUM_BLOCKS)
-        for attention, a in attentions.items()
-        for ffn, f in ffns.items()
-        if block > 0 or attention != "no_op"
-    ]
+    rows = []
+    for block in range(NUM_BLOCKS):
+        for attention, a in attentions.items():
+            for ffn, f in ffns.items():
+                if block > 0 or attention != "no_op":
+                    kld = (a + f) * RNG.uniform(0.5, 3)
+                    values = {"kld": kld, "lm_loss": 0.8 * kld - 0.002, "top1_disagreement": kld / 3}
+                    row = {"values": values, "stderr": {"kld": kld / 10}}
+                    rows.append(ScoreRow(block=block, variant=f"{attention}+{ffn}", **row))
     return ScoreTable(parent={"lm_loss": 3.5}, num_tokens=4096, rows=tuple(rows))
 
 
-def cost_table(scale: float) -> CostTable:
+def cost_table(source: str, scale: float, batch_size: int = 1) -> CostTable:
     decode_ms = {
         "attention": {"kv4": 0.14, "kv2": 0.12, "no_op": 0.0},
         "ffn": {"w768": 0.11, "w512": 0.08, "w256": 0.05},
     }
     sizes = {"params": 1000, "weight_bytes": 4000}
     return CostTable(
-        workload=WorkloadConfig(),
+        source=source,
+        hardware="Synthetic CPU",
+        workload=WorkloadConfig(batch_size=batch_size),
         kv_tokens=256,
         overhead=OverheadCost(prefill_ms=4.0 * scale, decode_ms=0.4 * scale, **sizes),
         subblocks=tuple(
@@ -174,24 +173,67 @@ def cost_table(scale: float) -> CostTable:
 def cost_file() -> CostFile:
     return CostFile(
         architecture=hf_config(parent_architecture(), "float32"),
-        hardware={"measured": "Synthetic CPU", "analytic": "Synthetic CPU"},
         workload=WorkloadConfig(),
-        tables={"measured": cost_table(1.0), "analytic": cost_table(0.8)},
+        tables=(
+            cost_table("measured", 1.0),
+            cost_table("measured", 3.0, batch_size=8),
+            cost_table("analytic", 0.8),
+            cost_table("analytic", 2.0, batch_size=8),
+        ),
     )
 
 
-def solution_file() -> dict[str, Any]:
-    def solved(latency_frac: float, score: float) -> dict[str, Any]:
+def solution_file(*, method: str = "mip", batch_sizes: tuple[int, ...] = (1,)) -> dict[str, Any]:
+    def solved(latency_frac: float, score: float, batch_size: int) -> dict[str, Any]:
         return {
             "blocks": [block.name for block in child_architecture().blocks],
             "score": score,
             "costs": {"latency_ms": 4.0 * latency_frac + 0.1},
             "parent_costs": {"latency_ms": 4.0},
             "predicted_fused_latency_ms": 4.0 * latency_frac,
+            "num_merges": 3,
+            "status": "optimal" if method == "mip" else "heuristic",
+            "mip_gap": 0.0 if method == "mip" else None,
+            "batch_size": batch_size,
+            "method": method,
         }
 
-    front = [{"latency_frac": frac, **solved(frac, 0.04 / (frac - 0.4) - 0.05)} for frac in (0.55, 0.6, 0.7, 0.85, 1.0)]
-    return {"metric": "kld", "solutions": [solved(0.7, 0.083), solved(0.69, 0.1)], "pareto": front}
+    fracs = (0.55, 0.6, 0.7, 0.85, 1.0)
+    front = [
+        {"latency_frac": frac, **solved(frac, 0.04 / (frac - 0.4) - 0.05, batch_sizes[index % len(batch_sizes)])}
+        for index, frac in enumerate(fracs)
+    ]
+    return {
+        "metric": "kld",
+        "latency": "decode",
+        "cost_table": "measured",
+        "parent": "0" * 64,
+        "hardware": "Synthetic CPU",
+        "workload": asdict(WorkloadConfig()),
+        "method": method,
+        "conditional": False,
+        "batch_sizes": [{"batch_size": size, "score": 0.1, "infeasible": None} for size in batch_sizes],
+        "solutions": [solved(0.7, 0.083, batch_sizes[0]), solved(0.69, 0.1, batch_sizes[-1])],
+        "pareto": front if method == "mip" else [],
+        "pareto_out_of_reach": [],
+    }
+
+
+def additivity_file() -> dict[str, Any]:
+    child = [block.name for block in child_architecture().blocks]
+    sums = {"solution 0": 0.08, "pareto 0.6": 0.15, "random 0": 0.02, "random 1": 0.4, "the parent": 0.0}
+    rows = [
+        {
+            "name": name,
+            "blocks": child,
+            "num_replaced": 5,
+            "sum_of_scores": total,
+            "realised_kld": 1.5 * total,
+            "realised_lm_loss_difference": 1.2 * total,
+        }
+        for name, total in sums.items()
+    ]
+    return {"rank_correlation": 0.9, "median_ratio": 0.67, "num_children": len(rows), "num_tokens": 4096, "rows": rows}
 
 
 def evaluate_file(lm_loss: Mapping[str, float]) -> dict[str, Any]:
@@ -214,7 +256,12 @@ def evaluate_file(lm_loss: Mapping[str, float]) -> dict[str, Any]:
 
 def benchmark_file() -> dict[str, Any]:
     models = {
-        name: {"prefill_ms": 8 * ms, "decode_ms": ms, "decode_vs_parent": ms / DECODE_MS["parent"]}
+        name: {
+            "prefill_ms": 8 * ms,
+            "decode_ms": ms,
+            "decode_vs_parent": ms / DECODE_MS["parent"],
+            "memory_bytes": int(1e7 * ms),
+        }
         for name, ms in DECODE_MS.items()
     }
     workload = {"batch_size": 1, "prefill_tokens": 128, "generated_tokens": 128, "dtype": "float32"}
@@ -259,6 +306,20 @@ def full_run(root: Path) -> SyntheticRun:
     run.step("costs", "measure_costs", "costs", {"costs.json": cost_file()}, {"parent": "parent"})
     run.step(
         "solution", "search", "solution", {"solution.json": solution_file()}, {"scores": "scores", "costs": "costs"}
+    )
+    run.step(
+        "baseline",
+        "search",
+        "solution",
+        {"solution.json": solution_file(method="greedy")},
+        {"scores": "scores", "costs": "costs"},
+    )
+    run.step(
+        "additivity",
+        "check_additivity",
+        "report",
+        {"additivity.json": additivity_file()},
+        {**parent_and_data, "library": "library", "scores": "scores", "solution": "solution"},
     )
     run.step(
         "child",
@@ -326,10 +387,9 @@ def short_run(root: Path) -> SyntheticRun:
 
 
 def pruning_scores() -> ScoreTable:
-    zero = {"lm_loss": 0.0, "hidden_cosine": 0.0, "kld_stderr": 0.0}
-    rows = [ScoreRow(block=block, variant="kv4+w768", kld=0.0, **zero) for block in range(NUM_BLOCKS)]
+    rows = [ScoreRow(block=block, variant="kv4+w768", values={"kld": 0.0}, stderr={}) for block in range(NUM_BLOCKS)]
     rows += [
-        ScoreRow(block=block, variant=f"no_op+w{WIDTHS.get(block, 768)}", kld=0.1 / block, **zero)
+        ScoreRow(block=block, variant=f"no_op+w{WIDTHS.get(block, 768)}", values={"kld": 0.1 / block}, stderr={})
         for block in range(1, NUM_BLOCKS)
     ]
     return ScoreTable(parent={"lm_loss": 3.5}, num_tokens=4096, rows=tuple(rows))
@@ -343,3 +403,15 @@ def full_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 @pytest.fixture
 def short(tmp_path: Path) -> SyntheticRun:
     return short_run(tmp_path)
+
+
+@pytest.fixture
+def new_solution() -> Callable[..., dict[str, Any]]:
+    """``solution_file``."""
+    return solution_file
+
+
+@pytest.fixture
+def new_scores() -> Callable[[], ScoreTable]:
+    """``score_table``."""
+    return score_table

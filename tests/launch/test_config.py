@@ -131,7 +131,7 @@ def test_a_lone_value_is_not_taken_for_a_list(override: str) -> None:
         "export.max_shard_gib=-1",
         "search.pareto_latency_fracs=[0]",
         "fuse.max_ffn_dim=-5",
-        "prune_attention.keep_first_blocks=-3",
+        "scores.skip_sequences=-3",
         "evaluate.lengths=[-5]",
     ],
 )

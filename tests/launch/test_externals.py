@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 from distill.config import DataConfig, EngineConfig, SourceConfig
+from fusion.config import FuseConfig
 from launch import externals
-from launch.registry import BenchmarkStage, ImportParentStage, PrepareDataStage
-from puzzle.config import BenchmarkConfig, ModelConfig, WorkloadConfig
+from launch.registry import BenchmarkStage, ImportParentStage, PrepareDataStage, SearchStage
+from puzzle.config import BenchmarkConfig, ConstraintConfig, ModelConfig, SearchConfig, WorkloadConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -220,3 +221,21 @@ def test_a_cache_that_holds_a_part_does_not_stand_for_the_repository(
         externals.hub_snapshot("owner/model", None, allow_patterns=["*"], is_whole=has_weights)
     (tmp_path / "model.safetensors").touch()
     assert externals.hub_snapshot("owner/model", None, allow_patterns=["*"], is_whole=has_weights) == tmp_path
+
+
+def test_own_tables_are_known_by_content(tmp_path: Path) -> None:
+    def own_tables(**files: str | None) -> dict[str, Any]:
+        search = SearchConfig(constraint=ConstraintConfig(), **files)
+        return externals.own_tables(SearchStage(search=search, fuse=FuseConfig()))
+
+    assert own_tables() == {}
+    scores, copy = tmp_path / "scores.csv", tmp_path / "copy.csv"
+    scores.write_text("block,variant,kld")
+    copy.write_text("block,variant,kld")
+    before = own_tables(scores=str(scores))
+    assert set(before) == {"scores"}
+    assert own_tables(scores=str(copy)) == before
+    scores.write_text("block,variant,loss")
+    assert own_tables(scores=str(scores)) != before
+    with pytest.raises(ValueError, match=r"search.costs=none.csv does not exist; give a CSV or JSON file"):
+        own_tables(costs="none.csv")

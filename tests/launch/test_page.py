@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
-from distill.config import RopeConfig
-from fusion.grouping import fused_architecture
 from launch.artifact import Artifact
 from launch.canvas import ROLES
-from launch.page import latency_parts
 from launch.report import write_report
-from puzzle.config import WorkloadConfig
-from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig
-from puzzle.tables import CostTable, MergeSaving, OverheadCost, SubblockCost
 
 FIGURES = {
     "quality against latency",
@@ -24,6 +18,9 @@ FIGURES = {
     "dependency matrix",
     "direction change",
     "replace-1-block scores",
+    "replace-1-block scores by lm_loss",
+    "replace-1-block scores by top1_disagreement",
+    "additivity",
     "latency breakdown",
 }
 
@@ -34,6 +31,10 @@ def figures_of(page: str) -> list[str]:
 
 def headings_of(page: str) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+def text_of(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", page[page.index("</style>") :]).split())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def test_every_figure_and_section_is_there(page: str) -> None:
         "Recovery with tokens",
         "By context length",
         "Can blocks run side by side?",
-        "Scores and costs",
+        "Scores and searches",
+        "Costs",
         "Steps",
         "Provenance",
     ]
@@ -78,7 +80,7 @@ def test_every_colour_of_a_picture_follows_the_scheme_of_the_page(page: str) -> 
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         fixed = set(re.findall(r"(?:fill|stroke): (#\w+)", svg))
         # What the search chose is ringed in black and white, to stand out on any colour of the map.
-        assert fixed == ({"#ffffff", "#000000"} if "replace-1-block" in svg else set())
+        assert fixed == ({"#ffffff", "#000000"} if 'aria-label="replace-1-block' in svg else set())
 
 
 def test_headlines_cannot_write_html(page: str) -> None:
@@ -90,64 +92,35 @@ def test_the_command_can_be_typed_again(page: str) -> None:
     assert "python -m launch demo &#39;run.name=a b&#39;" in page
 
 
-def test_recovery_is_defined_by_the_models_that_it_compares(page: str) -> None:
-    words = re.sub(r"<[^>]+>", "", page).replace("\N{MINUS SIGN}", "-").split()
+def test_every_latency_and_memory_says_what_it_is_stated_for(page: str) -> None:
+    words = text_of(page)
 
-    assert "Recovery = (Lfused - L) / (Lfused - Lparent)" in " ".join(words)
+    assert "Latency and memory: batch 1, prompt of 128 tokens, 128 generated, float32, on Synthetic CPU" in words
+    assert "KV cache in float32" in words
+    assert "parent 12 12 9.97M 12.0 KiB 38.1 MiB 32.00 4.00" in words
+    assert "Every variant by measured and analytic (Synthetic CPU), in milliseconds: batch 1, prompt of 128" in words
+    assert "measured on Synthetic CPU, analytic on Synthetic CPU; batch 1, prompt of 128" in words
+
+
+def test_searches_stand_side_by_side_and_costs_by_source(page: str) -> None:
+    words = text_of(page)
+
+    assert "solution mip kld 0.0830 decode 0.72\N{MULTIPLICATION SIGN} 0.70\N{MULTIPLICATION SIGN} 1 5 optimal" in words
+    assert "baseline greedy kld" in words
+    assert "ffn w256 0.0500 0.0400 \N{MINUS SIGN}20% 0.450 0.360 \N{MINUS SIGN}20%" in words
+    assert "Difference from measured, median over variants: analytic 20.0% in decode, 20.0% in prefill." in words
+
+
+def test_recovery_is_defined_by_the_models_that_it_compares(page: str) -> None:
+    words = " ".join(re.sub(r"<[^>]+>", "", page).replace("\N{MINUS SIGN}", "-").split())
+
+    assert "Recovery = (Lfused - L) / (Lfused - Lparent)" in words
 
 
 def test_what_was_not_part_of_the_run_is_left_out(short: Any, tmp_path: Path) -> None:
     text = write_report(tmp_path / "short", "short", short.steps).read_text()
 
     assert figures_of(text) == ["replace-1-block scores"]
-    assert headings_of(text) == ["Models", "What became of every block", "Scores and costs", "Steps", "Provenance"]
+    assert headings_of(text) == ["Models", "What became of every block", "Scores and searches", "Steps", "Provenance"]
     for absent in ("Decode latency", "LM loss", "Gap closed", "agreement"):
         assert absent not in text
-
-
-def architecture(*blocks: BlockConfig) -> Architecture:
-    return Architecture(
-        vocab_size=64,
-        hidden_dim=32,
-        num_heads=4,
-        head_dim=8,
-        blocks=blocks,
-        max_positions=64,
-        rope=RopeConfig(theta=1e4),
-    )
-
-
-def test_a_fused_ffn_costs_its_members_less_the_saving_of_every_merge() -> None:
-    sizes = {"params": 0, "weight_bytes": 0}
-    costs = {("attention", "kv2"): 0.14, ("attention", "no_op"): 0.0, ("ffn", "w512"): 0.11, ("ffn", "w256"): 0.08}
-    table = CostTable(
-        workload=WorkloadConfig(),
-        kv_tokens=256,
-        overhead=OverheadCost(prefill_ms=4.0, decode_ms=0.4, **sizes),
-        subblocks=tuple(
-            SubblockCost(
-                subblock=subblock,  # type: ignore[arg-type]
-                variant=variant,
-                prefill_ms=9 * ms,
-                decode_ms=ms,
-                kv_bytes_per_token=0,
-                **sizes,
-            )
-            for (subblock, variant), ms in costs.items()
-        ),
-        ffn_merge_saving=MergeSaving(prefill_ms=0.05, decode_ms=0.03),
-    )
-    attention = AttentionConfig(num_kv_heads=2)
-    first = BlockConfig(attention=attention, ffn=FFNConfig(ffn_dim=512), parent_block_indices=(0,))
-    free = [
-        BlockConfig(attention=NO_ATTENTION, ffn=FFNConfig(ffn_dim=width), parent_block_indices=(index,))
-        for index, width in enumerate((512, 256, 256), start=1)
-    ]
-    unfused = architecture(first, *free)
-    fused = fused_architecture(unfused, [(1, 3)])
-
-    decode = latency_parts(unfused, unfused, table, "decode")
-
-    assert decode == pytest.approx({"attention": 0.14, "FFN": 2 * 0.11 + 2 * 0.08, "embedding and head": 0.4})
-    assert latency_parts(fused, unfused, table, "decode")["FFN"] == pytest.approx(decode["FFN"] - 2 * 0.03)
-    assert latency_parts(fused, unfused, table, "prefill")["FFN"] == pytest.approx(9 * decode["FFN"] - 2 * 0.05)

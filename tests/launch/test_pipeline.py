@@ -59,7 +59,7 @@ def execute(
             plan(pipeline or two_steps(), overrides),
             store=Store(run_directory.store),
             run=run_directory,
-            context=StageContext(out=root, resume=root, run_name="run", step_name=""),
+            context=StageContext(out=root, resume=root, pool=root / "pool", run_name="run", step_name=""),
             listener=listener,
         )
     return artifacts, said

@@ -57,6 +57,13 @@ def test_recovery_is_that_of_trained_models_and_of_the_reference(report: dict[st
     assert recovery == pytest.approx(expected)
 
 
+def test_latencies_and_searches_say_what_they_are_stated_for(report: dict[str, Any]) -> None:
+    assert report["workload"]["prefill_tokens"] == 128
+    assert report["hardware"] == "Synthetic CPU"
+    assert [search["step"] for search in report["searches"]] == ["solution", "baseline"]
+    assert all(search["workload"]["dtype"] == "float32" for search in report["searches"])
+
+
 def test_steps(report: dict[str, Any]) -> None:
     assert [step["step"] for step in report["steps"]][:3] == ["data", "parent", "library"]
     assert report["steps"][2]["seconds"] == 31.5
@@ -71,6 +78,7 @@ def test_without_evaluation_and_benchmark_nothing_is_claimed(short: Any, tmp_pat
     assert evidence["num_attentions_removed"] == 5
     assert evidence["lm_loss_gap_closed_frac"] is None
     assert evidence["decode_latency_vs_parent"] == {}
+    assert (report["workload"], report["hardware"], report["searches"]) == (None, None, [])
     assert report["models"]["parent"]["kv_bytes_per_token"] == 12 * 2 * 4 * 32 * 4, "in the data type of the weights"
 
 

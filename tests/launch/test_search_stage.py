@@ -1,31 +1,29 @@
-"""measure_costs, search and benchmark on a pico parent, each reading what the one before wrote."""
+"""The stage search on tables with round numbers, from artifacts and from a user's own files."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from distill.config import EngineConfig
 from fusion.config import FuseConfig
-from launch.registry import BenchmarkStage, MeasureCostsStage, SearchStage
+from launch.registry import SearchStage
 from launch.stage import StageContext
-from launch.stages import benchmark, measure_costs, search
-from puzzle.config import BenchmarkConfig, ConstraintConfig, CostConfig, SearchConfig, SpaceConfig, WorkloadConfig
-from puzzle.model import stats
-from puzzle.model.architecture import NO_ATTENTION
-from puzzle.model.checkpoint import build_model, save_model
-from puzzle.model.hf_config import architecture_from_config
+from launch.stages import search
+from puzzle.config import ConstraintConfig, SearchConfig, SpaceConfig, WorkloadConfig
+from puzzle.model.hf_config import hf_config
 from puzzle.space import block_variants
-from puzzle.tables import CostFile, ScoreRow, ScoreTable
+from puzzle.tables import CostFile, CostTable, MergeSaving, OverheadCost, ScoreRow, ScoreTable, SubblockCost
 
-ENGINE = EngineConfig(device="cpu")
 SPACE = SpaceConfig(ffn_fracs=(0.5,))
 WORKLOAD = WorkloadConfig(prefill_tokens=16, generated_tokens=8)
-COSTS = MeasureCostsStage(space=SPACE, workload=WORKLOAD, costs=CostConfig(repeats=1, warmup=0), engine=ENGINE)
+DECODE_MS = {"kv2": 1.0, "w512": 3.0, "w256": 2.0, "no_op": 0.0}
 
 
 def artifact(path: Path, *, parent: str = "a" * 64) -> SimpleNamespace:
@@ -35,18 +33,11 @@ def artifact(path: Path, *, parent: str = "a" * 64) -> SimpleNamespace:
 
 @pytest.fixture
 def context(tmp_path):
-    def make(name):
-        (tmp_path / name).mkdir()
-        return StageContext(out=tmp_path / name, resume=tmp_path / "resume", run_name="test", step_name=name)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory, pico_parent_dir):
-    directory = tmp_path_factory.mktemp("costs")
-    stage = StageContext(out=directory, resume=directory / "resume", run_name="test", step_name="costs")
-    return directory, measure_costs.run(COSTS, {"parent": artifact(pico_parent_dir)}, stage)
+    out = tmp_path / "search"
+    out.mkdir()
+    return StageContext(
+        out=out, resume=tmp_path / "resume", pool=tmp_path / "pool", run_name="test", step_name="search"
+    )
 
 
 @pytest.fixture
@@ -56,75 +47,79 @@ def scores(tmp_path, pico_architecture):
     for index, own in enumerate(pico_architecture.blocks):
         for variant in block_variants(pico_architecture, index, SPACE):
             kld = 0.1 * (4 - index) * (variant.attention != own.attention) + 1.0 * (variant.ffn != own.ffn)
-            row = ScoreRow(block=index, variant=variant.name, kld=kld, lm_loss=-kld, hidden_cosine=0.0, kld_stderr=0.0)
-            rows.append(row)
+            values = {"kld": kld, "lm_loss": -kld}
+            rows.append(ScoreRow(block=index, variant=variant.name, values=values, stderr={}))
     (tmp_path / "scores").mkdir()
     table = ScoreTable(parent={"lm_loss": 2.0}, num_tokens=64, rows=tuple(rows))
     table.write(tmp_path / "scores" / "scores.json")
     return tmp_path / "scores"
 
 
+def cost_table(batch_size: int) -> CostTable:
+    """1 ms per attention, 3 per FFN, at batch size 1; an attention takes as long again for every further sequence."""
+    rows = []
+    for subblock, variants in (("attention", ("kv2", "no_op")), ("ffn", ("w512", "w256", "no_op"))):
+        for variant in variants:
+            decode_ms = DECODE_MS[variant] * (batch_size if variant == "kv2" else 1)
+            params = int(1000 * DECODE_MS[variant])
+            rows.append(
+                SubblockCost(
+                    subblock=subblock,
+                    variant=variant,
+                    prefill_ms=2 * batch_size * DECODE_MS[variant],
+                    decode_ms=decode_ms,
+                    params=params,
+                    weight_bytes=4 * params,
+                    kv_bytes_per_token=256 * (variant == "kv2"),
+                )
+            )
+    return CostTable(
+        source="measured",
+        hardware="this CPU",
+        workload=replace(WORKLOAD, batch_size=batch_size),
+        kv_tokens=24,
+        overhead=OverheadCost(prefill_ms=1.0, decode_ms=0.5, params=500, weight_bytes=2000),
+        subblocks=tuple(rows),
+        ffn_merge_saving=MergeSaving(prefill_ms=0.0, decode_ms=0.25),
+    )
+
+
 @pytest.fixture
-def costs(tmp_path, measured):
-    """The measured costs, with times that do not depend on this machine: 1 ms per attention, 3 per FFN."""
-    file = CostFile.read(measured[0] / "costs.json")
-    times_ms = {"kv2": 1.0, "w512": 3.0, "w256": 2.0, "no_op": 0.0}
-    table = file.tables["measured"]
-    rows = tuple(replace(row, decode_ms=times_ms[row.variant]) for row in table.subblocks)
-    overhead, saving = replace(table.overhead, decode_ms=0.5), replace(table.ffn_merge_saving, decode_ms=0.25)
-    table = replace(table, subblocks=rows, overhead=overhead, ffn_merge_saving=saving)
-    (tmp_path / "times").mkdir()
-    replace(file, tables={"measured": table}).write(tmp_path / "times" / "costs.json")
-    return tmp_path / "times"
+def costs(tmp_path, pico_architecture):
+    (tmp_path / "costs").mkdir()
+    tables = (cost_table(1), cost_table(4))
+    file = CostFile(architecture=hf_config(pico_architecture, "float32"), workload=WORKLOAD, tables=tables)
+    file.write(tmp_path / "costs" / "costs.json")
+    return tmp_path / "costs"
 
 
-def run_search(context, scores, costs, **fields):
-    settings = SearchConfig(**{"constraint": ConstraintConfig(latency_ms=14.3), **fields})
-    config = SearchStage(search=settings, fuse=FuseConfig())
-    result = search.run(config, {"scores": artifact(scores), "costs": artifact(costs)}, context)
+def run_search(context, scores_dir, costs_dir, *, fuse=None, **fields):
+    settings = SearchConfig(**{"constraint": ConstraintConfig(latency_ms=14.3), "batch_sizes": (1,), **fields})
+    inputs = {"scores": scores_dir, "costs": costs_dir}
+    inputs = {name: artifact(path) for name, path in inputs.items() if getattr(settings, name) is None}
+    result = search.run(SearchStage(search=settings, fuse=fuse or FuseConfig()), inputs, context)
     return result, json.loads((context.out / "solution.json").read_text())
-
-
-def test_costs_of_the_parent(measured, pico_architecture):
-    directory, result = measured
-    file = CostFile.read(directory / "costs.json")
-    assert set(file.tables) == {"measured", "analytic"}
-    assert architecture_from_config(file.architecture) == pico_architecture
-    assert file.workload == WORKLOAD
-    for table in file.tables.values():
-        total = table.model(block.name for block in pico_architecture.blocks)
-        assert total.params == stats.num_params(pico_architecture)
-        assert total.memory_bytes == stats.weight_bytes(pico_architecture, 4) + 24 * total.kv_bytes_per_token
-    assert "ms parent (measured), attention " in result.headline
-    assert 0 <= result.metrics["attention_decode_frac"] <= 1
-    assert result.metrics["analytic_median_relative_difference"]["decode"] >= 0
-    assert json.dumps(result.metrics, allow_nan=False)
-
-
-def test_costs_beyond_the_positions(context, pico_parent_dir):
-    config = replace(COSTS, workload=WorkloadConfig(prefill_tokens=250, generated_tokens=7))
-    with pytest.raises(ValueError, match="256 positions of parent"):
-        measure_costs.run(config, {"parent": artifact(pico_parent_dir)}, context("costs"))
 
 
 def test_search_removes_the_cheapest_run(context, scores, costs):
     """The parent takes 16.5 ms; without attention in the last three blocks 13.5, and 13.25 after one merge."""
-    constraint = ConstraintConfig(latency_ms=13.3)
-    result, content = run_search(context("search"), scores, costs, constraint=constraint)
+    result, content = run_search(context, scores, costs, constraint=ConstraintConfig(latency_ms=13.3))
     best = content["solutions"][0]
     assert best["blocks"] == ["kv2+w512", "no_op+w512", "no_op+w512", "no_op+w512"]
     assert best["score"] == pytest.approx(0.6)
     assert (best["parent_costs"]["latency_ms"], best["costs"]["latency_ms"]) == (16.5, 13.5)
     assert (best["predicted_fused_latency_ms"], best["num_merges"]) == (13.25, 1)
-    assert (best["status"], content["metric"], content["workload"]["prefill_tokens"]) == ("optimal", "kld", 16)
-    assert best["costs"].keys() >= {"memory_bytes", "params", "kv_bytes_per_token"}
+    assert (best["status"], best["method"], best["batch_size"]) == ("optimal", "mip", 1)
+    assert (content["metric"], content["hardware"], content["parent"]) == ("kld", "this CPU", "a" * 64)
+    assert content["workload"] == asdict(WORKLOAD)
+    assert best["costs"].keys() >= {"memory_bytes", "params", "kv_bytes_per_token", "request_ms"}
     assert result.headline == "3 of 4 attentions removed, predicted decode 0.82x (fused 0.80x), score 0.6"
+    assert json.dumps(result.metrics, allow_nan=False)
 
 
 def test_search_front_and_several_solutions(context, scores, costs):
-    result, content = run_search(
-        context("search"), scores, costs, num_solutions=30, pareto_latency_fracs=(0.9, 0.1, 1.0), min_different_frac=0.5
-    )
+    fields = {"num_solutions": 30, "pareto_latency_fracs": (0.9, 0.1, 1.0), "min_different_frac": 0.5}
+    result, content = run_search(context, scores, costs, **fields)
     assert [point["latency_frac"] for point in content["pareto"]] == [0.9, 1.0]
     assert content["pareto"][1]["score"] == 0
     assert content["pareto"][0]["score"] > 0
@@ -135,75 +130,146 @@ def test_search_front_and_several_solutions(context, scores, costs):
 
 def test_search_by_another_metric(context, scores, costs):
     """Where the loss falls with every change, all is changed."""
-    _, content = run_search(context("search"), scores, costs, metric="lm_loss", constraint=ConstraintConfig())
+    _, content = run_search(context, scores, costs, metric="lm_loss", constraint=ConstraintConfig())
     assert content["solutions"][0]["blocks"] == ["kv2+w256", *["no_op+w256"] * 3]
+    with pytest.raises(ValueError, match="has no accuracy; all rows have kld, lm_loss"):
+        run_search(context, scores, costs, metric="accuracy")
+
+
+def test_every_batch_size_is_searched_and_the_best_score_wins(context, scores, costs):
+    """Throughput wants the batch of 4, which takes 28.5 ms for four tokens instead of 16.5 for one."""
+    constraint = ConstraintConfig(throughput_ratio=1.05, kv_bytes_per_token=1024)
+    result, content = run_search(context, scores, costs, constraint=constraint, batch_sizes=())
+    best = content["solutions"][0]
+    assert (best["batch_size"], best["parent_costs"]["latency_ms"]) == (4, 28.5)
+    assert [entry["batch_size"] for entry in content["batch_sizes"]] == [1, 4]
+    assert content["batch_sizes"][0]["score"] is None
+    assert "throughput_ratio=1.05 is out of reach, the most is" in content["batch_sizes"][0]["infeasible"]
+    assert content["batch_sizes"][1]["score"] == best["score"]
+    assert "batch size 4" in result.headline
+    # Memory may not hold the parent's cache at batch 4: then its best is at batch 1.
+    limit_gib = (66000 + 24 * 1024 + 1) / 2**30
+    constraint = ConstraintConfig(throughput_ratio=1.05, memory_gib=limit_gib)
+    _, content = run_search(context, scores, costs, constraint=constraint, batch_sizes=())
+    assert all(entry["score"] is not None for entry in content["batch_sizes"])
+
+
+def test_batch_sizes_that_all_fail(context, scores, costs):
+    with pytest.raises(ValueError, match=r"latency_ms=1 is out of reach.*; at batch size 4: .*latency_ms=1 is out of"):
+        run_search(context, scores, costs, constraint=ConstraintConfig(latency_ms=1.0), batch_sizes=())
+    with pytest.raises(ValueError, match=r"batch_sizes=\[8\]: the costs have batch size 1, 4; measure 8"):
+        run_search(context, scores, costs, batch_sizes=(8,))
+
+
+def test_search_by_a_baseline(context, scores, costs):
+    fields = {"method": "attention_pruning", "pareto_latency_fracs": (0.9, 0.1)}
+    result, content = run_search(context, scores, costs, constraint=ConstraintConfig(latency_ms=13.3), **fields)
+    best = content["solutions"][0]
+    assert (best["method"], best["status"], best["mip_gap"]) == ("attention_pruning", "heuristic", None)
+    assert best["blocks"].count("no_op+w512") == 3
+    assert (len(content["pareto"]), content["pareto_out_of_reach"]) == (1, [0.1])
+    assert result.headline.startswith("attention_pruning: 3 of 4 attentions removed")
+
+
+def test_search_on_conditional_scores(context, scores, costs):
+    """Scores of changes to the child without its last attention: the parent's own last block is not among the rows."""
+    table = ScoreTable.read(scores / "scores.json")
+    base = ("kv2+w512",) * 3 + ("no_op+w512",)
+    rows = tuple(row for row in table.rows if row.block < 3 or row.variant.startswith("no_op"))
+    replace(table, rows=rows, base=base, base_values={"kld": 0.1}).write(scores / "scores.json")
+    _, content = run_search(context, scores, costs, constraint=ConstraintConfig(latency_frac=1.0))
+    assert content["solutions"][0]["blocks"] == list(base)
+    assert content["solutions"][0]["parent_costs"]["latency_ms"] == 16.5
+    assert content["conditional"] is True
 
 
 def test_search_without_the_table(context, scores, costs):
-    with pytest.raises(ValueError, match=r"cost_table=analytic is not in costs.json, which has measured"):
-        run_search(context("search"), scores, costs, cost_table="analytic")
+    with pytest.raises(ValueError, match=r"costs have no table from 'analytic', only from measured"):
+        run_search(context, scores, costs, cost_table="analytic")
 
 
 def test_search_with_a_variant_that_was_not_measured(context, scores, costs):
-    path = costs / "costs.json"
-    content = json.loads(path.read_text())
-    rows = content["tables"]["measured"]["subblocks"]
-    content["tables"]["measured"]["subblocks"] = [row for row in rows if row["variant"] != "w256"]
-    path.write_text(json.dumps(content))
+    content = json.loads((costs / "costs.json").read_text())
+    for table in content["tables"]:
+        table["subblocks"] = [row for row in table["subblocks"] if row["variant"] != "w256"]
+    (costs / "costs.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="ffn variant w256 is not in the table, which has w512"):
-        run_search(context("search"), scores, costs)
+        run_search(context, scores, costs)
 
 
-@pytest.fixture
-def models(tmp_path, pico_parent_dir, pico_architecture):
-    blocks = tuple(replace(block, attention=NO_ATTENTION) for block in pico_architecture.blocks)
-    child = pico_architecture.with_blocks((pico_architecture.blocks[0], *blocks[1:]))
-    save_model(build_model(child, seed=1), tmp_path / "child", architecture=child, tokenizer_from=None)
-    return {"child": artifact(tmp_path / "child"), "parent": artifact(pico_parent_dir)}
-
-
-def test_benchmark_compares_whole_models(context, models, pico_architecture):
-    config = BenchmarkStage(
-        benchmark=BenchmarkConfig(repeats=3, warmup=0), workload=replace(WORKLOAD, num_cpu_threads=1), engine=ENGINE
-    )
-    stage = context("benchmark")
-    result = benchmark.run(config, models, stage)
-    report = json.loads((stage.out / "benchmark.json").read_text())
-    assert list(report["models"]) == ["parent", "child"]
-    parent, child = report["models"]["parent"], report["models"]["child"]
-    assert (parent["decode_vs_parent"], parent["prefill_vs_parent"]) == (1.0, 1.0)
-    assert child["kv_bytes_per_token"] * 4 == parent["kv_bytes_per_token"]
-    assert parent["weight_bytes"] == stats.weight_bytes(pico_architecture, 4)
-    assert child["weight_bytes"] < parent["weight_bytes"]
-    assert parent["decode_tokens_per_s"] == pytest.approx(1e3 / parent["decode_ms"])
-    assert parent["request_ms"] == pytest.approx(parent["prefill_ms"] + 7 * parent["decode_ms"])
-    assert parent["peak_memory_bytes"] is None
-    assert report["workload"]["generated_tokens"] == 8
-    assert report["cpu_threads"] == 1
-    assert all(len(report["rounds_ms"][phase][name]) == 3 for phase in ("prefill", "decode") for name in models)
-    assert "ms parent, child " in result.headline
-    assert ("noisy" in result.headline) == any(
-        report["models"][name][f"{phase}_spread"] > 0.25 for name in models for phase in ("prefill", "decode")
-    )
-
-
-def test_benchmark_beyond_the_positions(context, models):
-    workload = WorkloadConfig(prefill_tokens=256, generated_tokens=1)
-    config = BenchmarkStage(benchmark=BenchmarkConfig(), workload=workload, engine=ENGINE)
-    with pytest.raises(ValueError, match="256 positions of parent"):
-        benchmark.run(config, models, context("benchmark"))
-
-
-def test_scores_and_costs_of_different_parents_are_refused(context, scores, measured):
+def test_scores_and_costs_of_different_parents_are_refused(context, scores, costs):
     config = SearchStage(search=SearchConfig(constraint=ConstraintConfig(latency_ms=14.3)), fuse=FuseConfig())
-    inputs = {"scores": artifact(scores), "costs": artifact(measured[0], parent="b" * 64)}
+    inputs = {"scores": artifact(scores), "costs": artifact(costs, parent="b" * 64)}
     with pytest.raises(ValueError, match="scores are of model aaaaaaaaaaaa, the costs of model bbbbbbbbbbbb"):
-        search.run(config, inputs, context("search"))
+        search.run(config, inputs, context)
+    table = ScoreTable.read(scores / "scores.json")
+    replace(table, rows=tuple(row for row in table.rows if row.block < 3)).write(scores / "scores.json")
+    with pytest.raises(ValueError, match="scores cover 3 blocks, the parent of the costs has 4"):
+        run_search(context, scores, costs, scores=str(scores / "scores.json"))
 
 
-@pytest.mark.parametrize("setting", [{"max_ffn_dim": 512}, {"min_length": 3}, {"max_dependency": 0.1}])
-def test_fusion_that_the_cost_does_not_model_is_refused(context, scores, measured, setting):
-    config = SearchStage(search=SearchConfig(constraint=ConstraintConfig(latency_ms=14.3)), fuse=FuseConfig(**setting))
-    inputs = {"scores": artifact(scores), "costs": artifact(measured[0])}
-    with pytest.raises(ValueError, match=f"fuse.{next(iter(setting))}=.* is not in the search's fusion-aware cost"):
-        search.run(config, inputs, context("search"))
+@pytest.mark.parametrize("setting", [{"max_ffn_dim": 512}, {"max_dependency": 0.1}, {"groups": ((1, 2),)}])
+def test_fusion_that_the_cost_does_not_model_is_refused(context, scores, costs, setting):
+    name = next(iter(setting))
+    with pytest.raises(ValueError, match=f"fuse.{name}=.* is not in the search's fusion-aware cost"):
+        run_search(context, scores, costs, fuse=FuseConfig(**setting))
+    run_search(context, scores, costs, fuse=FuseConfig(**setting), fusion_aware=False)
+
+
+def test_short_runs_that_fusion_leaves_alone_save_nothing(context, scores, costs):
+    constraint = ConstraintConfig(latency_ms=13.5)
+    _, content = run_search(context, scores, costs, constraint=constraint, fuse=FuseConfig(min_length=3))
+    assert (content["solutions"][0]["num_merges"], content["solutions"][0]["predicted_fused_latency_ms"]) == (0, 13.5)
+
+
+OWN_SCORES = "block,variant,kld\n" + "".join(f"{i},full,0\n{i},half,{0.1 * (4 - i)}\n" for i in range(4))
+OWN_COSTS = "block,variant,decode_ms,params\noutside,,1,10\n*,full,4,100\n*,half,2,50\n"
+
+
+def test_tables_of_ones_own_without_torch(tmp_path):
+    """The command as a newcomer types it, in a Python that has neither torch nor transformers."""
+    (tmp_path / "scores.csv").write_text(OWN_SCORES)
+    (tmp_path / "costs.csv").write_text(OWN_COSTS)
+    without = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets')))\n"
+        "from launch.__main__ import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", without, "search", "search.scores=scores.csv", "search.costs=costs.csv"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "120"}
+
+    def launch(*overrides):
+        return subprocess.run(
+            [*command, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    done = launch("search.constraint.latency_ms=13", "search.constraint.params_frac=0.95")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["0-1", "full", "full", "0"] in lines
+    assert ["2-3", "full", "half", "0.3"] in lines
+    assert ["parameters", "410", "310", "0.756x"] in lines
+    assert ["decode,", "ms", "per", "token", "17", "13", "0.765x"] in lines
+    assert "2 of 4 blocks changed, predicted decode 0.76x (fused 0.76x), score 0.3" in done.stdout
+    (solution,) = (tmp_path / "runs").rglob("solution.json")
+    content = json.loads(solution.read_text())
+    assert content["solutions"][0]["blocks"] == ["full", "full", "half", "half"]
+    assert (content["parent"], content["hardware"]) == (None, None)
+    assert len(content["pareto"]) == 4
+
+    # The same again is found, other content under the same name is not.
+    again = launch("search.constraint.latency_ms=13", "search.constraint.params_frac=0.95")
+    assert "cached" in again.stdout
+    (tmp_path / "costs.csv").write_text(OWN_COSTS.replace("half,2", "half,-2"))
+    wrong = launch("search.constraint.latency_ms=13")
+    assert wrong.returncode == 2
+    assert "costs.csv, line 4: decode_ms is -2, below 0; measure it again" in wrong.stderr.replace("\n", " ")
+
+
+def test_own_costs_beside_scores_of_ours(context, scores, tmp_path):
+    lines = [f"*,{a}+{f},{DECODE_MS[a] + DECODE_MS[f]}" for a in ("kv2", "no_op") for f in ("w512", "w256")]
+    (tmp_path / "own.csv").write_text("\n".join(["block,variant,decode_ms", "outside,,0.5", "merge,,0.25", *lines]))
+    fields = {"costs": str(tmp_path / "own.csv"), "constraint": ConstraintConfig(latency_ms=13.3)}
+    _, content = run_search(context, scores, None, **fields)
+    assert content["solutions"][0]["blocks"] == ["kv2+w512", "no_op+w512", "no_op+w512", "no_op+w512"]
+    assert content["solutions"][0]["predicted_fused_latency_ms"] == 13.25
+    assert (content["parent"], content["cost_table"]) == ("a" * 64, str(tmp_path / "own.csv"))

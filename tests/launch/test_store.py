@@ -24,7 +24,9 @@ def job(body, *, value: int = 1, inputs: dict[str, Artifact] | None = None, stag
         kind="model",
         inputs=inputs or {},
         body=body,
-        context=lambda out, resume: StageContext(out=out, resume=resume, run_name="run", step_name="step"),
+        context=lambda out, resume: StageContext(
+            out=out, resume=resume, pool=out.parent / ".pool", run_name="run", step_name="step"
+        ),
     )
 
 

@@ -150,7 +150,9 @@ def context(tmp_path: Path) -> StageContext:
 def _context(root: Path) -> StageContext:
     for name in ("out", "resume"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    return StageContext(out=root / "out", resume=root / "resume", run_name="pico", step_name="distill_child")
+    return StageContext(
+        out=root / "out", resume=root / "resume", pool=root / "pool", run_name="pico", step_name="distill_child"
+    )
 
 
 def _curve(context: StageContext) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,31 @@ from torch import Tensor
 from puzzle.assemble import assemble, child_architecture
 from puzzle.child_init import checkpoint_init
 from puzzle.config import SpaceConfig
-from puzzle.library import BlockLibrary, space_replacements
+from puzzle.importance import Rankings
+from puzzle.library import BlockLibrary, Mode, library_replacements
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
 from puzzle.model.tensor_layout import block_prefix
+from puzzle.space import block_variants
 
 
-@pytest.fixture
-def library(tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig) -> BlockLibrary:
+def make_library(directory: Path, parent_dir: Path, space: SpaceConfig, mode: Mode) -> BlockLibrary:
     """Untrained replacements, each with a mark of its own in its norm."""
-    parent = read_architecture(lively_parent_dir)
-    library = BlockLibrary.create(tmp_path / "library", parent, dtype=torch.float32)
-    with TensorReader(lively_parent_dir) as reader:
-        init = checkpoint_init(reader, parent, dict.fromkeys(range(4), torch.arange(512)))
-        for mark, replacement in enumerate(space_replacements(parent, space)):
+    parent = read_architecture(parent_dir)
+    variants = tuple(block_variants(parent, index, space) for index in range(parent.num_blocks))
+    library = BlockLibrary.create(directory, parent, variants, dtype=torch.float32, mode=mode)
+    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={})
+    with TensorReader(parent_dir) as reader:
+        init = checkpoint_init(reader, parent, rankings, "mean_pool")
+        for mark, replacement in enumerate(library_replacements(parent, variants, mode)):
             tensors = {name: tensor + mark * name.endswith("norm.weight") for name, tensor in init(replacement).items()}
             library.add(replacement, tensors, bld_nmse_init=1.0, bld_nmse=1.0)
     library.write_index()
     return library
+
+
+@pytest.fixture
+def library(tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig) -> BlockLibrary:
+    return make_library(tmp_path / "library", lively_parent_dir, space, "decoupled")
 
 
 def test_child_of_all_parent_variants_is_the_parent(
@@ -40,10 +49,12 @@ def test_child_of_all_parent_variants_is_the_parent(
         assert all(torch.equal(reader.read(name), parent.read(name)) for name in parent.names())
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
 def test_every_tensor_of_a_child_comes_from_its_place(
-    tmp_path: Path, lively_parent_dir: Path, library: BlockLibrary, sequences: Tensor
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor, mode: Mode
 ) -> None:
-    variants = ["kv1+w512", "no_op+w512", "linear+w256", "kv2+no_op"]
+    library = make_library(tmp_path / "library", lively_parent_dir, space, mode)
+    variants = ["kv2+w256", "no_op+w512", "linear+w256", "kv1+no_op"]
     child = assemble(lively_parent_dir, library, variants, tmp_path / "child")
     assert [block.name for block in child.blocks] == variants
     assert [block.parent_block_indices for block in child.blocks] == [(0,), (1,), (2,), (3,)]
@@ -65,7 +76,7 @@ def test_every_tensor_of_a_child_comes_from_its_place(
 def test_child_is_written_in_the_parents_data_type(
     tmp_path: Path, lively_parent_dir: Path, library: BlockLibrary
 ) -> None:
-    assemble(lively_parent_dir, library, ["kv1+w256"] * 4, tmp_path / "child")
+    assemble(lively_parent_dir, library, ["kv2+w256", *["kv1+w256"] * 3], tmp_path / "child")
     with TensorReader(tmp_path / "child") as reader:
         assert {reader.dtype(name) for name in reader.names()} == {torch.float32}
 
@@ -83,6 +94,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         assemble(lively_parent_dir, library, variants, tmp_path / "child")
+    assert not (tmp_path / "child").exists()
+
+
+def test_replacement_of_the_wrong_shape_is_refused_before_anything_is_written(
+    tmp_path: Path, lively_parent_dir: Path, library: BlockLibrary
+) -> None:
+    shutil.copyfile(
+        library.directory / "replacements/2.ffn.w512.beside_no_op.safetensors",
+        library.directory / "replacements/2.ffn.w256.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"2\.ffn\.w256\.safetensors: tensor mlp\.down_proj.* \[64, 512\].* \[64, 256\]"
+    ):
+        assemble(lively_parent_dir, library, ["kv2+w256"] * 4, tmp_path / "child")
     assert not (tmp_path / "child").exists()
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +15,24 @@ from torch import Tensor
 
 from distill.config import EngineConfig, OptimConfig, TrackingConfig, TrainConfig
 from distill.engine.base import resolve_dtype
-from distill.losses import normalized_mse
 from distill.tracking import Tracker
-from puzzle import bld
-from puzzle.bld import BldSettings, distill_library, plan_groups
-from puzzle.blockwise import build_block
+from puzzle import bld, group_training
+from puzzle.bld import distill_library, plan_groups
 from puzzle.child_init import checkpoint_init
-from puzzle.config import SpaceConfig
-from puzzle.importance import channel_contributions, rank_channels
-from puzzle.library import BlockLibrary, inherited_names, space_replacements
-from puzzle.model.architecture import NO_ATTENTION
+from puzzle.config import LibraryConfig, SpaceConfig
+from puzzle.group_training import BldSettings
+from puzzle.importance import measure_rankings
+from puzzle.library import BlockLibrary, LibraryEntry, Mode, library_init, library_replacements
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
-from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.stats import attention_params, ffn_params
-from puzzle.trainees import Trainees, output_power
+from puzzle.pool import ReplacementPool
+from puzzle.slices import ParentSlice
+from puzzle.space import block_variants
+from puzzle.trainees import HeldOut, Trainees
 
 TRAIN = TrainConfig(max_tokens=12 * 96, seq_len=24, batch_size=4, resume_every_tokens=5 * 96, eval_every_tokens=6 * 96)
 OPTIM = OptimConfig(lr=1e-3)
+RANKING = LibraryConfig(importance_sequences=6, bld=TRAIN, optim=OPTIM)
 
 
 class ToyBatches:
@@ -54,29 +57,49 @@ def settings(sequences: Tensor) -> BldSettings:
 
 
 def build(
-    directory: Path, parent_dir: Path, space: SpaceConfig, settings: BldSettings, *, blocks: Sequence[int] = range(4)
+    directory: Path,
+    parent_dir: Path,
+    space: SpaceConfig,
+    settings: BldSettings,
+    *,
+    blocks: Sequence[int] = range(4),
+    mode: Mode = "decoupled",
+    pool: Path | None = None,
+    earlier: BlockLibrary | None = None,
 ) -> BlockLibrary:
-    """The library of ``blocks``, as the stage builds it."""
-    parent = load_model(parent_dir, dtype=resolve_dtype(settings.engine))
+    """The library of ``blocks``, as the stage builds it. A pool of its own unless one is given."""
+    parent = ParentSlice.whole(load_model(parent_dir, dtype=resolve_dtype(settings.engine)))
     architecture = read_architecture(parent_dir)
-    contributions = channel_contributions(parent, settings.held_out, batch_size=6)
-    rankings = {index: rank_channels(values) for index, values in contributions.items()}
-    replacements = [item for item in space_replacements(architecture, space) if item.block in blocks]
-    directory.mkdir(exist_ok=True)
+    rankings = measure_rankings(parent, settings.held_out, batch_size=6, config=RANKING)
+    variants = tuple(
+        block_variants(architecture, index, space) if index in blocks else architecture.blocks[index : index + 1]
+        for index in range(4)
+    )
     tracking = {"run_name": "run", "step_name": "step", "stage": "build_library", "settings": {}}
+    library = BlockLibrary.create(directory / "library", architecture, variants, dtype=torch.float32, mode=mode)
     with (
         TensorReader(parent_dir) as reader,
         Tracker(directory / "metrics.jsonl", TrackingConfig(), **tracking) as tracker,
     ):
-        index = directory / "library" / "library.json"
-        library = (
-            BlockLibrary.open(index.parent)
-            if index.exists()
-            else BlockLibrary.create(index.parent, architecture, dtype=torch.float32)
+        init = (
+            library_init(earlier, reader) if earlier else checkpoint_init(reader, architecture, rankings, "mean_pool")
         )
-        init = checkpoint_init(reader, architecture, rankings)
-        distill_library(library, parent, replacements, init, settings, resume_dir=directory / "resume", tracker=tracker)
-    return library
+        distill_library(
+            library,
+            parent,
+            library_replacements(architecture, variants, mode),
+            library_init(earlier, reader) if earlier else init,
+            settings,
+            pool=ReplacementPool(directory=pool or directory / "pool", facts={"lr": settings.optim.lr}),
+            resume_dir=directory / "resume",
+            tracker=tracker,
+        )
+    return BlockLibrary.open(library.directory)
+
+
+def entry_of(library: BlockLibrary, name: str) -> LibraryEntry:
+    (entry,) = (entry for item, entry in library.entries.items() if item.name == name)
+    return entry
 
 
 def contents(library: BlockLibrary) -> dict[str, bytes]:
@@ -87,75 +110,6 @@ def rows(directory: Path) -> list[dict[str, float]]:
     """The curve without what depends on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(("perf", "mem"))} for line in lines]
-
-
-def make_trainees(
-    parent_dir: Path,
-    space: SpaceConfig,
-    sequences: Tensor,
-    optim: OptimConfig = OPTIM,
-    *,
-    power_factor: float = 1.0,
-    device: str = "cpu",
-) -> Trainees:
-    """All replacements of blocks 1 and 2, untrained; narrower FFNs keep the first channels."""
-    architecture = read_architecture(parent_dir)
-    with TensorReader(parent_dir) as reader:
-        init = checkpoint_init(reader, architecture, dict.fromkeys(range(4), torch.arange(512)))
-        inits = {item: init(item) for item in space_replacements(architecture, space) if item.block in (1, 2)}
-    parent = load_model(parent_dir, device=device).requires_grad_(False)
-    power = power_factor * output_power(parent, sequences, batch_size=6)
-    return Trainees(parent, architecture, inits, optim, power)
-
-
-def test_held_out_error_is_the_nmse_of_the_whole_block(
-    lively_parent: DeciLMForCausalLM, lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor
-) -> None:
-    architecture = read_architecture(lively_parent_dir)
-    trainees = make_trainees(lively_parent_dir, space, sequences)
-    states = lively_parent.model(sequences, output_hidden_states=True).hidden_states
-    shared = lively_parent.model.attention_inputs(states[0])
-    errors = trainees.held_out_nmse(sequences, batch_size=4)
-    assert len(errors) == 2 * 7
-    for item, nmse in zip(trainees.replacements, errors, strict=True):
-        own = architecture.blocks[item.block]
-        block = replace(own, **{item.subblock: item.variant})
-        if item.beside == "no_op":
-            block = replace(block, attention=NO_ATTENTION)
-        replaced = trainees.tensors(item)
-        inherited = lively_parent.model.layers[item.block].state_dict()
-        tensors = {name: inherited[name] for name in inherited_names(inherited, own, block, replaced)} | replaced
-        with torch.no_grad():
-            output = build_block(lively_parent, architecture, block, tensors)(states[item.block], **shared)
-            expected = normalized_mse(output, states[item.block + 1]).item()
-        # means over batches of 4 and 2 sequences against one over all, in fp32
-        assert nmse == pytest.approx(expected, rel=1e-4, abs=1e-9), item.name
-
-
-def test_micro_batches_add_up_to_the_batch(lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor) -> None:
-    losses, errors = [], []
-    for micro_batch in (4, 1):
-        trainees = make_trainees(lively_parent_dir, space, sequences)
-        steps = [trainees.step(ToyBatches().batch(i), lr=1e-3, micro_batch=micro_batch) for i in range(3)]
-        losses.append([metrics["nmse"].item() for metrics in steps])
-        errors.append(trainees.held_out_nmse(sequences, batch_size=6))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    # Adam turns rounding noise in near-zero gradients into whole steps, so weights agree less closely than losses
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
-
-
-def test_learning_does_not_slow_down_where_a_blocks_output_is_huge(
-    lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor
-) -> None:
-    errors = []
-    for factor in (1.0, 1e8):
-        optim = OptimConfig(lr=1e-3, grad_clip=0.0)
-        trainees = make_trainees(lively_parent_dir, space, sequences, optim, power_factor=factor)
-        for step in range(5):
-            trainees.step(ToyBatches().batch(step), lr=1e-3, micro_batch=4)
-        errors.append([error * factor for error in trainees.held_out_nmse(sequences, batch_size=6)])
-    # equal but for what fp32 keeps of gradients of 1e-12
-    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01])
@@ -181,7 +135,7 @@ def test_bld_reduces_the_held_out_error_of_every_replacement(
     engine = EngineConfig(device="cpu", precision=precision)
     longer = replace(settings, engine=engine, train=replace(TRAIN, max_tokens=40 * 96))
     library = build(tmp_path, lively_parent_dir, space, longer)
-    assert len(library.entries) == 3 + 3 * 7
+    assert len(library.entries) == 2 + 3 * 7
     assert all(entry.bld_nmse < entry.bld_nmse_init for entry in library.entries.values())
     curve = rows(tmp_path)
     assert curve[-1]["eval/nmse"] < 0.9 * curve[0]["eval/nmse"]
@@ -202,7 +156,7 @@ def test_killed_bld_goes_on_to_the_same_library_bit_for_bit(
     assert list((tmp_path / "killed" / "resume").glob("**/*.safetensors")) == []
 
 
-@pytest.mark.parametrize(("frac", "num_saves"), [(1e-9, 1), (1e9, 9)])
+@pytest.mark.parametrize(("frac", "num_saves"), [(1e-9, 0), (1e9, 9)])
 def test_resume_points_take_a_bounded_share_of_the_time(
     tmp_path: Path,
     lively_parent_dir: Path,
@@ -213,8 +167,8 @@ def test_resume_points_take_a_bounded_share_of_the_time(
     num_saves: int,
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(bld, "MAX_SAVING_FRAC", frac)
-    monkeypatch.setattr(bld.resume, "save", lambda directory, step, **_: saved.append(step))
+    monkeypatch.setattr(group_training, "MAX_SAVING_FRAC", frac)
+    monkeypatch.setattr(group_training.resume, "save", lambda directory, step, **_: saved.append(step))
     train = replace(TRAIN, max_tokens=10 * 96, resume_every_tokens=0)
     build(tmp_path, lively_parent_dir, space, replace(settings, train=train), blocks=[1])
     assert saved == list(range(1, num_saves + 1))  # never after the last step, which is followed by the library
@@ -225,13 +179,36 @@ def test_a_replacement_that_training_made_worse_keeps_its_init(
 ) -> None:
     settings = replace(settings, optim=replace(OPTIM, lr=30.0))
     library = build(tmp_path, lively_parent_dir, space, settings, blocks=[1])
-    parents_ffn = next(item for item in library.entries if item.name == "1.ffn.w512.beside_no_op")
-    entry = library.entries[parents_ffn]
+    entry = entry_of(library, "1.ffn.w512.beside_no_op")
     assert entry.bld_nmse == entry.bld_nmse_init
+    assert not entry.trained
     stored = load_file(library.directory / entry.file)
     with TensorReader(lively_parent_dir) as reader:
         for name, tensor in stored.items():
             assert torch.equal(tensor, reader.read(f"model.layers.1.{name}"))
+
+
+@pytest.mark.parametrize(("nmse", "loss", "trained"), [(2.0, 0.5, True), (0.5, 2.0, False), (0.5, math.nan, False)])
+def test_the_held_out_value_of_the_trained_loss_decides_and_the_tensor_nmse_is_reported(
+    tmp_path: Path,
+    lively_parent_dir: Path,
+    space: SpaceConfig,
+    settings: BldSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    nmse: float,
+    loss: float,
+    trained: bool,
+) -> None:
+    measured = iter([HeldOut(nmse=1.0, loss=1.0), HeldOut(nmse=nmse, loss=loss)])
+
+    def held_out(trainees: Trainees, *_: object, **__: object) -> list[HeldOut]:
+        return [next(measured)] * len(trainees.replacements)
+
+    monkeypatch.setattr(Trainees, "held_out", held_out)
+    settings = replace(settings, nmse="token", train=replace(TRAIN, eval_every_tokens=0))
+    library = build(tmp_path, lively_parent_dir, space, settings, blocks=[1])
+    assert {entry.trained for entry in library.entries.values()} == {trained}
+    assert {entry.bld_nmse for entry in library.entries.values()} == {nmse if trained else 1.0}
 
 
 def test_groups_of_blocks_give_the_same_library(
@@ -253,44 +230,115 @@ def test_groups_of_blocks_give_the_same_library(
 
 def test_plan_groups_fills_the_budget_with_neighbouring_blocks(lively_parent_dir: Path, space: SpaceConfig) -> None:
     architecture = read_architecture(lively_parent_dir)
-    replacements = space_replacements(architecture, space)
-    num_params = {
-        index: sum(
-            (attention_params if item.subblock == "attention" else ffn_params)(architecture, item.variant)
-            for item in replacements
-            if item.block == index
-        )
-        for index in range(4)
-    }
+    variants = [block_variants(architecture, index, space) for index in range(4)]
+    replacements = library_replacements(architecture, variants)
+    num_params = dict.fromkeys(range(4), 0)
+    for item in replacements:
+        if item.attention is not None:
+            num_params[item.block] += attention_params(architecture, item.attention)
+        if item.ffn is not None:
+            num_params[item.block] += ffn_params(architecture, item.ffn)
     budget = 16 * (num_params[1] + num_params[2])
     groups = plan_groups(replacements, architecture, budget)
     assert [sorted({item.block for item in group}) for group in groups] == [[0, 1], [2, 3]]
     assert [item for group in groups for item in group] == list(replacements)
 
 
-def test_training_leaves_the_parent_alone_and_reports_divergence(
+def test_another_library_takes_what_the_pool_has_and_trains_the_rest(
     tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
 ) -> None:
-    trainees = make_trainees(lively_parent_dir, space, settings.held_out, replace(OPTIM, grad_clip=0.0))
-    trainees.step(ToyBatches().batch(0), lr=1e-3, micro_batch=4)
-    fresh = load_model(lively_parent_dir).state_dict()
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in trainees.parent.state_dict().items())
+    pool = tmp_path / "pool"
+    narrow = replace(space, attention_linear=False, ffn_linear=False)
+    first = build(tmp_path / "first", lively_parent_dir, narrow, settings, pool=pool)
+    times = {path.name: path.stat().st_mtime_ns for path in pool.iterdir()}
+    wider = build(tmp_path / "wider", lively_parent_dir, space, settings, pool=pool)
+    assert len(wider.entries) == 23 > len(first.entries) == len(times) == 13
+    # by content, never by index: places in the lists of the two libraries differ
+    assert {path.name: path.stat().st_mtime_ns for path in pool.iterdir() if path.name in times} == times
+    assert len(list(pool.iterdir())) == 23
+    # nothing is learnt again, and what is taken is what would have been learnt
+    batches = ToyBatches(dies_at=0)
+    again = build(tmp_path / "again", lively_parent_dir, space, replace(settings, batches=batches), pool=pool)
+    alone = build(tmp_path / "alone", lively_parent_dir, space, settings)
+    assert contents(again) == contents(wider) == contents(alone)
+
+
+def test_damaged_file_of_the_pool_is_trained_again(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
+) -> None:
+    pool = tmp_path / "pool"
+    whole = contents(build(tmp_path / "whole", lively_parent_dir, space, settings, blocks=[1], pool=pool))
+    damaged = sorted(pool.iterdir())[0]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(RuntimeWarning, match="is damaged and not used"):
+        again = build(tmp_path / "again", lively_parent_dir, space, settings, blocks=[1], pool=pool)
+    assert contents(again) == whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(tmp_path / "third", lively_parent_dir, space, settings, blocks=[1], pool=pool)
+
+
+def test_kill_while_a_group_is_put_away_costs_no_more_than_since_the_last_resume_point(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(tmp_path / "whole", lively_parent_dir, space, settings)
+    put, num_put = ReplacementPool.put, 0
+
+    def dying_put(*args: object, **options: object) -> None:
+        nonlocal num_put
+        num_put += 1
+        if num_put == 4:
+            raise KeyboardInterrupt
+        put(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ReplacementPool, "put", dying_put)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", lively_parent_dir, space, settings)
+    monkeypatch.undo()
+    again = ToyBatches()
+    resumed = build(tmp_path / "killed", lively_parent_dir, space, replace(settings, batches=again))
+    assert again.steps == [10, 11]
+    assert contents(resumed) == contents(whole)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_without_training_the_library_holds_the_inits_and_their_errors(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
+) -> None:
+    batches = ToyBatches(dies_at=0)
+    untrained = build(tmp_path / "a", lively_parent_dir, space, replace(settings, learns=False, batches=batches))
+    trained = build(tmp_path / "b", lively_parent_dir, space, settings)
+    assert not any(entry.trained for entry in untrained.entries.values())
+    for item, entry in untrained.entries.items():
+        assert entry.bld_nmse == entry.bld_nmse_init == trained.entries[item].bld_nmse_init
+    stored = load_file(untrained.directory / entry_of(untrained, "1.ffn.w512.beside_no_op").file)
+    with TensorReader(lively_parent_dir) as reader:
+        assert all(torch.equal(tensor, reader.read(f"model.layers.1.{name}")) for name, tensor in stored.items())
+
+
+def test_decoupled_then_coupled(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
+) -> None:
+    decoupled = build(tmp_path / "decoupled", lively_parent_dir, space, settings, blocks=[1])
+    coupled = build(tmp_path / "coupled", lively_parent_dir, space, settings, blocks=[1], mode="coupled")
+    further = build(
+        tmp_path / "further", lively_parent_dir, space, settings, blocks=[1], mode="coupled", earlier=decoupled
+    )
+    assert coupled.entries.keys() == further.entries.keys()
+    assert len(coupled.entries) == 4 * 4 - 2  # 4 attentions x 4 FFNs; not the parent's, not the empty one
+    assert all(entry.trained for entry in coupled.entries.values())
+    # composed of trained parts, every pair begins nearer to the parent than composed of untrained ones
+    for item, entry in coupled.entries.items():
+        if item.attention is not None and item.ffn is not None:
+            assert further.entries[item].bld_nmse_init < entry.bld_nmse_init, item.name
+    # what was trained alone is the starting point of what is trained alone
+    own = entry_of(decoupled, "1.ffn.w256.beside_no_op")
+    assert entry_of(further, "1.ffn.w256.beside_no_op").bld_nmse_init == pytest.approx(own.bld_nmse, rel=1e-6)
+
+
+def test_divergence_is_reported(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
+) -> None:
     with pytest.raises(ValueError, match=r"no replacement has a finite error .* lower library\.optim\.lr"):
         build(tmp_path, lively_parent_dir, space, replace(settings, optim=OptimConfig(lr=1e30)))
-
-
-@pytest.mark.gpu
-def test_steps_on_a_gpu_learn_as_on_a_cpu_and_never_wait(
-    lively_parent_dir: Path, space: SpaceConfig, sequences: Tensor
-) -> None:
-    errors = []
-    for device in ("cpu", "cuda"):
-        trainees = make_trainees(lively_parent_dir, space, sequences, device=device)
-        for step in range(4):
-            # the first step allocates; from then on nothing may wait for the device
-            torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")
-            trainees.step(ToyBatches().batch(step), lr=1e-3, micro_batch=2)
-        torch.cuda.set_sync_debug_mode("default")
-        errors.append(trainees.held_out_nmse(sequences, batch_size=6))
-    # Adam turns rounding noise in near-zero gradients into whole steps
-    assert errors[0] == pytest.approx(errors[1], rel=1e-2)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from distill.config import RopeConfig
+from puzzle.blockwise import build_block
 from puzzle.child_init import (
+    KVInit,
+    checkpoint_init,
     init_attention,
     init_ffn,
-    kept_channels,
+    kept_first,
     linear_attention,
     linear_ffn,
     pool_kv_heads,
+    select_kv_heads,
     slice_ffn,
 )
-from puzzle.library import subblock_of
-from puzzle.model.architecture import Architecture, AttentionConfig, FFNConfig, dense_blocks
+from puzzle.importance import Rankings
+from puzzle.library import Replacement, subblock_of
+from puzzle.model.architecture import NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig, dense_blocks
+from puzzle.model.checkpoint import TensorReader, build_model
+from puzzle.model.tensor_layout import block_prefix, block_shapes
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 32, 8, 4, 4, 512
 
@@ -81,8 +92,8 @@ def test_sliced_ffn_is_the_parent_with_its_other_channels_zeroed(block: dict[str
 
 def test_kept_channels_are_nested_and_in_the_parents_order() -> None:
     ranking = torch.tensor([5, 1, 4, 0, 3, 2])
-    assert kept_channels(ranking, 4).tolist() == [0, 1, 4, 5]
-    assert set(kept_channels(ranking, 2).tolist()) < set(kept_channels(ranking, 4).tolist())
+    assert kept_first(ranking, 4).tolist() == [0, 1, 4, 5]
+    assert set(kept_first(ranking, 2).tolist()) < set(kept_first(ranking, 4).tolist())
 
 
 def test_slice_ffn_takes_the_same_channels_of_all_three_matrices(block: dict[str, Tensor]) -> None:
@@ -110,9 +121,8 @@ def test_pooling_equal_heads_changes_nothing() -> None:
 def test_init_attention_pools_weights_and_biases_of_keys_and_values_alone(
     block: dict[str, Tensor], architecture: Architecture
 ) -> None:
-    child = init_attention(
-        block, AttentionConfig(num_kv_heads=1), parent=architecture.blocks[0].attention, architecture=architecture
-    )
+    own = architecture.blocks[0].attention
+    child = init_attention(block, AttentionConfig(num_kv_heads=1), parent=own, architecture=architecture, ranking=None)
     for projection in ("k_proj", "v_proj"):
         bias = block[f"self_attn.{projection}.bias"].view(KV_HEADS, HEAD_DIM).mean(0)
         torch.testing.assert_close(child[f"self_attn.{projection}.bias"], bias)
@@ -120,6 +130,77 @@ def test_init_attention_pools_weights_and_biases_of_keys_and_values_alone(
     untouched = ("q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight", "o_proj.weight")
     assert all(child[f"self_attn.{name}"] is block[f"self_attn.{name}"] for name in untouched)
     assert not any(subblock_of(name) == "ffn" for name in child)
+
+
+def attention_output(
+    architecture: Architecture, tensors: Mapping[str, Tensor], num_kv_heads: int, hidden: Tensor
+) -> Tensor:
+    """What an attention adds to ``hidden``, by the model's own modules, in fp64."""
+    attention = AttentionConfig(num_kv_heads=num_kv_heads)
+    block = BlockConfig(attention=attention, ffn=NO_FFN, parent_block_indices=(0,))
+    model = build_model(architecture.with_blocks((block,)), seed=0, dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    attention_tensors = {name: t.double() for name, t in tensors.items() if subblock_of(name) == "attention"}
+    layer = build_block(model, architecture, block, attention_tensors)
+    with torch.no_grad():
+        return layer.attention_update(hidden, **model.model.attention_inputs(hidden))
+
+
+def without_groups(tensors: Mapping[str, Tensor], removed: set[int]) -> dict[str, Tensor]:
+    """The parent's attention, the columns of W_o that read the query heads of ``removed`` KV heads zeroed."""
+    weight = tensors["self_attn.o_proj.weight"].clone()
+    columns = weight.view(HIDDEN, KV_HEADS, -1)
+    for group in removed:
+        columns[:, group] = 0
+    return {**tensors, "self_attn.o_proj.weight": weight}
+
+
+@pytest.mark.parametrize(
+    ("ranking", "num_kept", "removed"),
+    [([2, 1, 3, 0], 2, {0, 3}), ([3, 0, 1, 2], 2, {1, 2}), ([2, 0, 1, 3], 1, {0, 1, 3})],
+)
+@pytest.mark.parametrize("further", [{"qkv_bias": True, "qk_norm": True}, {"qkv_bias": False, "qk_norm": False}])
+def test_selected_kv_heads_give_the_parents_output_without_the_other_groups(
+    block: dict[str, Tensor],
+    architecture: Architecture,
+    ranking: list[int],
+    num_kept: int,
+    removed: set[int],
+    further: dict[str, bool],
+) -> None:
+    architecture = replace(architecture, **further)
+    names = block_shapes(architecture, architecture.blocks[0])
+    parent = {name: tensor for name, tensor in block.items() if name in names}
+    variant, own = AttentionConfig(num_kv_heads=num_kept), architecture.blocks[0].attention
+    child = init_attention(parent, variant, parent=own, architecture=architecture, ranking=torch.tensor(ranking))
+    hidden = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = attention_output(architecture, without_groups(parent, removed), KV_HEADS, hidden)
+    torch.testing.assert_close(attention_output(architecture, child, num_kept, hidden), expected, rtol=1e-9, atol=1e-9)
+    # All query heads are still there: pruning of the KV cache, not of Q and O.
+    assert child["self_attn.q_proj.weight"].shape == parent["self_attn.q_proj.weight"].shape
+
+
+def test_selection_keeps_an_output_bias_and_is_group_major(block: dict[str, Tensor]) -> None:
+    """The bias of W_o is a vector over hidden channels, not over heads."""
+    bias = torch.arange(HIDDEN)
+    attention = {name: tensor for name, tensor in block.items() if subblock_of(name) == "attention"}
+    tensors = attention | {"self_attn.o_proj.bias": bias}
+    child = select_kv_heads(tensors, torch.tensor([1, 3]), num_heads=HEADS, num_kv_heads=KV_HEADS)
+    assert torch.equal(child["self_attn.o_proj.bias"], bias)
+    # KV head 1 with its query heads 2, 3 and those of KV head 0; KV head 3 with 6, 7 and those of KV head 2.
+    heads = [2, 3, 0, 1, 6, 7, 4, 5]
+    for name in ("self_attn.q_proj.weight", "self_attn.q_proj.bias"):
+        assert torch.equal(child[name].unflatten(0, (HEADS, -1)), tensors[name].unflatten(0, (HEADS, -1))[heads])
+    for name in ("self_attn.k_proj.bias", "self_attn.v_proj.weight"):
+        assert torch.equal(child[name].unflatten(0, (2, -1)), tensors[name].unflatten(0, (KV_HEADS, -1))[[1, 3]])
+    columns = child["self_attn.o_proj.weight"].unflatten(1, (HEADS, -1))
+    assert columns.abs().sum(dim=(0, 2)).ne(0).tolist() == [True, True, False, False] * 2
+
+
+def test_keeping_all_kv_heads_changes_nothing(block: dict[str, Tensor]) -> None:
+    attention = {name: tensor for name, tensor in block.items() if subblock_of(name) == "attention"}
+    child = select_kv_heads(attention, torch.arange(KV_HEADS), num_heads=HEADS, num_kv_heads=KV_HEADS)
+    assert all(torch.equal(child[name], attention[name]) for name in attention)
 
 
 def test_linear_attention_is_the_attention_of_a_single_token(block: dict[str, Tensor]) -> None:
@@ -154,3 +235,44 @@ def test_results_keep_the_parents_data_type(block: dict[str, Tensor]) -> None:
         linear_ffn(block["mlp.up_proj.weight"].bfloat16(), block["mlp.down_proj.weight"].bfloat16()).dtype
         == torch.bfloat16
     )
+
+
+KV1, W256 = AttentionConfig(num_kv_heads=1), FFNConfig(ffn_dim=256)
+LINEAR = AttentionConfig(kind="linear")
+
+
+@pytest.mark.parametrize("kv_init", ["mean_pool", "select"])
+def test_checkpoint_init_gives_every_form_of_replacement_the_tensors_of_its_shape(
+    lively_parent_dir: Path, pico_architecture: Architecture, kv_init: KVInit
+) -> None:
+    own = pico_architecture.blocks[2]
+    generator = torch.Generator().manual_seed(0)
+    rankings = Rankings(
+        channels={2: torch.randperm(512, generator=generator)},
+        kv_heads={2: torch.tensor([1, 0])} if kv_init == "select" else {},
+    )
+    pairs = [(KV1, W256), (own.attention, W256), (LINEAR, FFNConfig(kind="linear")), (KV1, own.ffn)]
+    alone = [
+        Replacement(block=2, attention=KV1),
+        Replacement(block=2, attention=LINEAR, beside="no_op"),
+        Replacement(block=2, ffn=W256),
+        Replacement(block=2, ffn=W256, beside="no_op"),
+        Replacement(block=2, ffn=own.ffn, beside="no_op"),
+    ]
+    with TensorReader(lively_parent_dir) as reader:
+        init = checkpoint_init(reader, pico_architecture, rankings, kv_init)
+        for replacement in (*alone, *(Replacement(block=2, attention=a, ffn=f) for a, f in pairs)):
+            config = BlockConfig(
+                attention=replacement.attention or AttentionConfig(kind="no_op"),
+                ffn=replacement.ffn or NO_FFN,
+                parent_block_indices=(2,),
+            )
+            found = {name: tuple(tensor.shape) for name, tensor in init(replacement).items()}
+            assert found == block_shapes(pico_architecture, config)
+        pair = init(Replacement(block=2, attention=KV1, ffn=W256))
+        # Both subblocks of a pair start where each starts alone.
+        parts = init(Replacement(block=2, attention=KV1)) | init(Replacement(block=2, ffn=W256))
+        assert all(torch.equal(pair[name], parts[name]) for name in pair)
+        key = reader.read(block_prefix(2) + "self_attn.k_proj.weight").unflatten(0, (2, -1))
+    expected = key[1] if kv_init == "select" else key.mean(dim=0)
+    torch.testing.assert_close(pair["self_attn.k_proj.weight"], expected)

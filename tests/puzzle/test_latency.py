@@ -114,7 +114,7 @@ def test_steps_take_turns_and_every_other_round_goes_backwards(monkeypatch):
 
 def test_short_steps_run_several_times_per_sample(monkeypatch):
     calls = []
-    monkeypatch.setattr(latency, "_timer", lambda step: lambda num_runs: calls.append(num_runs) or 0.5)
+    monkeypatch.setattr(latency, "cpu_timer", lambda step: lambda num_runs: calls.append(num_runs) or 0.5)
     assert interleaved_ms({"a": lambda: None}, device=CPU, repeats=2, warmup=0, desc="test") == {"a": [0.5, 0.5]}
     assert calls == [1, 4, 4]
 

@@ -6,12 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from puzzle.config import SpaceConfig
-from puzzle.library import BlockLibrary, Replacement, block_replacements, inherited_names, space_replacements
+from puzzle.library import (
+    BlockLibrary,
+    Mode,
+    Replacement,
+    Variants,
+    block_replacements,
+    crossed_variants,
+    file_of,
+    inherited_names,
+    library_init,
+    library_replacements,
+)
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
+from puzzle.model.checkpoint import TensorReader
+from puzzle.space import block_variants
 
-KV1 = AttentionConfig(num_kv_heads=1)
+KV1, KV2 = AttentionConfig(num_kv_heads=1), AttentionConfig(num_kv_heads=2)
 W256, W512 = FFNConfig(ffn_dim=256), FFNConfig(ffn_dim=512)
 
 
@@ -19,68 +33,109 @@ def block(parent: Architecture, index: int, **subblocks: AttentionConfig | FFNCo
     return replace(parent.blocks[index], **subblocks)
 
 
+def space_variants(parent: Architecture, space: SpaceConfig) -> Variants:
+    return tuple(block_variants(parent, index, space) for index in range(parent.num_blocks))
+
+
+def fill(library: BlockLibrary) -> BlockLibrary:
+    """Every replacement that the library's variants need, each tensor full of the replacement's ordinal."""
+    for mark, item in enumerate(library_replacements(library.parent, library.variants, library.mode)):
+        tensors = {name: torch.full(shape, float(mark)) for name, shape in item.shapes(library.parent).items()}
+        library.add(item, tensors, bld_nmse_init=0.5, bld_nmse=0.25)
+    library.write_index()
+    return BlockLibrary.open(library.directory)
+
+
 @pytest.fixture
 def library(tmp_path: Path, pico_architecture: Architecture) -> BlockLibrary:
-    library = BlockLibrary.create(tmp_path / "library", pico_architecture, dtype=torch.bfloat16)
-    contents = {
-        Replacement(block=1, subblock="attention", variant=KV1): {"self_attn.k_proj.weight": torch.ones(16, 64)},
-        Replacement(block=1, subblock="ffn", variant=W256): {"mlp.up_proj.weight": torch.ones(256, 64)},
-        Replacement(block=1, subblock="ffn", variant=W512, beside="no_op"): {
-            "mlp.up_proj.weight": torch.zeros(512, 64)
-        },
-    }
-    for replacement, tensors in contents.items():
-        library.add(replacement, tensors, bld_nmse_init=0.5, bld_nmse=0.25)
-    library.write_index()
-    return BlockLibrary.open(tmp_path / "library")
+    own = pico_architecture.blocks
+    at_1 = (own[1], block(pico_architecture, 1, attention=KV1, ffn=W256), replace(own[1], attention=NO_ATTENTION))
+    variants = ((own[0],), at_1, (own[2],), (own[3],))
+    return fill(BlockLibrary.create(tmp_path / "library", pico_architecture, variants, dtype=torch.bfloat16))
 
 
-def test_replacements_of_a_space(pico_architecture: Architecture) -> None:
+def test_decoupled_replacements_of_a_space(pico_architecture: Architecture) -> None:
     space = SpaceConfig(kv_heads=(1,), ffn_fracs=(0.5, 0.25), ffn_no_op=True)
-    names = [replacement.name for replacement in space_replacements(pico_architecture, space)]
-    assert names[:2] == ["0.ffn.w256", "0.attention.kv1"]  # the first block keeps its attention; 0.25 is 256 wide too
-    assert names[2:6] == ["1.ffn.w256", "1.attention.kv1", "1.ffn.w512.beside_no_op", "1.ffn.w256.beside_no_op"]
-    assert len(names) == 2 + 3 * 4
+    replacements = library_replacements(pico_architecture, space_variants(pico_architecture, space))
+    names = [replacement.name for replacement in replacements]
+    assert names[:1] == ["0.ffn.w256"]  # the first block keeps its attention; 0.25 is 256 wide too
+    assert names[1:5] == ["1.ffn.w256", "1.attention.kv1", "1.ffn.w512.beside_no_op", "1.ffn.w256.beside_no_op"]
+    assert len(names) == 1 + 3 * 4
+
+
+def test_coupled_every_block_but_the_parents_and_the_empty_one_is_a_replacement(
+    pico_architecture: Architecture,
+) -> None:
+    space = SpaceConfig(kv_heads=(1,), ffn_fracs=(0.5,), ffn_no_op=True)
+    variants = space_variants(pico_architecture, space)
+    replacements = library_replacements(pico_architecture, variants, "coupled")
+    assert [item.name for item in replacements if item.block == 1] == [
+        "1.block.kv2+w256",
+        "1.attention.kv2.beside_no_op",
+        "1.block.kv1+w512",
+        "1.block.kv1+w256",
+        "1.attention.kv1.beside_no_op",
+        "1.ffn.w512.beside_no_op",
+        "1.ffn.w256.beside_no_op",
+    ]
+    needing = [one for one in variants[1] if one != pico_architecture.blocks[1] and one.name != "no_op+no_op"]
+    stands_in = [item.block_in(pico_architecture) for item in replacements if item.block == 1]
+    assert stands_in == needing
 
 
 def test_own_and_absent_subblocks_need_no_replacement(pico_architecture: Architecture) -> None:
     own = pico_architecture.blocks[1]
     assert block_replacements(pico_architecture, 1, own) == ()
     assert block_replacements(pico_architecture, 1, replace(own, ffn=NO_FFN)) == ()
-    assert block_replacements(pico_architecture, 1, replace(own, attention=NO_ATTENTION, ffn=NO_FFN)) == ()
+    for mode in ("decoupled", "coupled"):
+        nothing = replace(own, attention=NO_ATTENTION, ffn=NO_FFN)
+        assert block_replacements(pico_architecture, 1, nothing, mode) == ()
 
 
-def test_ffn_of_a_parent_without_attention_stays_beside_its_parent(pico_architecture: Architecture) -> None:
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+def test_ffn_of_a_parent_without_attention_stays_beside_its_parent(pico_architecture: Architecture, mode: Mode) -> None:
     pruned = pico_architecture.with_block(1, block(pico_architecture, 1, attention=NO_ATTENTION))
-    assert block_replacements(pruned, 1, pruned.blocks[1]) == ()
-    (narrower,) = block_replacements(pruned, 1, block(pruned, 1, ffn=W256))
+    assert block_replacements(pruned, 1, pruned.blocks[1], mode) == ()
+    (narrower,) = block_replacements(pruned, 1, block(pruned, 1, ffn=W256), mode)
     assert narrower.beside == "parent"
 
 
 def test_index_format(library: BlockLibrary) -> None:
     index = json.loads((library.directory / "library.json").read_text())
     assert index["parent_architecture"]["model_type"] == "nemotron-nas"
+    assert index["mode"] == "decoupled"
+    assert index["variants"][1] == ["kv2+w512", "kv1+w256", "no_op+w512"]
     assert index["replacements"][2] == {
         "block": 1,
-        "subblock": "ffn",
-        "variant": "w512",
+        "attention": None,
+        "ffn": "w512",
         "beside": "no_op",
         "file": "replacements/1.ffn.w512.beside_no_op.safetensors",
         "bld_nmse_init": 0.5,
         "bld_nmse": 0.25,
+        "trained": True,
     }
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+def test_index_round_trip(tmp_path: Path, pico_architecture: Architecture, space: SpaceConfig, mode: Mode) -> None:
+    variants = space_variants(pico_architecture, space)
+    written = BlockLibrary.create(tmp_path, pico_architecture, variants, dtype=torch.float32, mode=mode)
+    read = fill(written)
+    assert (read.mode, read.variants, read.entries) == (mode, variants, written.entries)
+    read.require_parent(pico_architecture)
+    read.require_variants(variants)
 
 
 def test_tensors_of_a_block_are_those_of_its_replacements(library: BlockLibrary) -> None:
     parent = library.parent
     both = library.tensors(1, block(parent, 1, attention=KV1, ffn=W256))
-    assert {name: tuple(tensor.shape) for name, tensor in both.items()} == {
-        "self_attn.k_proj.weight": (16, 64),
-        "mlp.up_proj.weight": (256, 64),
-    }
+    assert both["self_attn.k_proj.weight"].shape == (16, 64)
+    assert both["mlp.up_proj.weight"].shape == (256, 64)
     assert all(tensor.dtype == torch.bfloat16 for tensor in both.values())
     alone = library.tensors(1, block(parent, 1, attention=NO_ATTENTION))
     assert alone["mlp.up_proj.weight"].shape == (512, 64)
+    assert not any(name.startswith("self_attn.") for name in alone)
     assert library.tensors(1, parent.blocks[1]) == {}
 
 
@@ -92,10 +147,70 @@ def test_missing_replacement_is_named(library: BlockLibrary) -> None:
         library.require_variants([(), (), (wanted,)])
 
 
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"mlp.up_proj.weight": torch.zeros(512, 64)}, r"up_proj.weight has shape \[512, 64\], the .* shape \[256, 64"),
+        ({"mlp.up_proj.weight": None}, r"up_proj.weight has no place, the .* shape \[256, 64\]"),
+        ({"mlp.up_proj.bias": torch.zeros(256)}, r"up_proj.bias has shape \[256\], the .* has no place"),
+    ],
+)
+def test_file_of_the_wrong_shape_is_one_clear_error(
+    library: BlockLibrary, tensors: dict[str, torch.Tensor | None], message: str
+) -> None:
+    item, wanted = Replacement(block=1, ffn=W256), block(library.parent, 1, ffn=W256)
+    content = {name: torch.zeros(shape) for name, shape in item.shapes(library.parent).items()} | tensors
+    path = library.directory / file_of(item)
+    save_file({name: tensor for name, tensor in content.items() if tensor is not None}, path)
+    message = rf"1\.ffn\.w256\.safetensors: tensor mlp\.{message}"
+    with pytest.raises(ValueError, match=message):
+        library.require_variants([(), (wanted,)])
+    with pytest.raises(ValueError, match=message):
+        library.tensors(1, wanted)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no readable safetensors file"):
+        library.require_variants([(), (wanted,)])
+
+
 def test_another_parent_is_refused(library: BlockLibrary, pico_architecture: Architecture) -> None:
     library.require_parent(pico_architecture)
     with pytest.raises(ValueError, match=r"4 blocks like kv2.w512, the model given has 3"):
         library.require_parent(pico_architecture.with_blocks(pico_architecture.blocks[:3]))
+
+
+def test_crossed_variants_are_what_was_chosen_anywhere_and_the_parents(pico_architecture: Architecture) -> None:
+    space = SpaceConfig(kv_heads=(1,), attention_linear=True, ffn_fracs=(0.5,), ffn_linear=True, ffn_no_op=True)
+    variants = space_variants(pico_architecture, space)
+    left = crossed_variants(variants, ["no_op+w512", "kv2+w256"])
+    assert [one.name for one in left[0]] == ["kv2+w512", "kv2+w256"]  # the first attention is never removed
+    assert [one.name for one in left[3]] == ["kv2+w512", "kv2+w256", "no_op+w512", "no_op+w256"]
+    assert [one.name for one in crossed_variants(variants, ["linear+no_op"])[1]] == [
+        "kv2+w512",
+        "kv2+no_op",
+        "linear+w512",
+        "linear+no_op",
+    ]
+
+
+def test_pairs_start_from_what_was_trained_apart(
+    tmp_path: Path, pico_architecture: Architecture, pico_parent_dir: Path, space: SpaceConfig
+) -> None:
+    variants = space_variants(pico_architecture, space)
+    earlier = fill(BlockLibrary.create(tmp_path, pico_architecture, variants, dtype=torch.float32))
+    with TensorReader(pico_parent_dir) as reader:
+        init = library_init(earlier, reader)
+        pair = init(Replacement(block=1, attention=KV1, ffn=W256))
+        parents_attention = init(Replacement(block=1, attention=KV2, ffn=W256))
+        alone = init(Replacement(block=1, ffn=W512, beside="no_op"))
+        q_proj = reader.read("model.layers.1.self_attn.q_proj.weight")
+    trained_apart = earlier.tensors(1, block(pico_architecture, 1, attention=KV1, ffn=W256))
+    assert pair.keys() == trained_apart.keys()
+    assert all(torch.equal(tensor, trained_apart[name]) for name, tensor in pair.items())
+    assert torch.equal(parents_attention["self_attn.q_proj.weight"], q_proj)
+    assert torch.equal(parents_attention["mlp.up_proj.weight"], pair["mlp.up_proj.weight"])
+    removed = earlier.tensors(1, block(pico_architecture, 1, attention=NO_ATTENTION))
+    assert alone.keys() == removed.keys()
+    assert torch.equal(alone["mlp.up_proj.weight"], removed["mlp.up_proj.weight"])
 
 
 def test_inherited_names(pico_architecture: Architecture) -> None:

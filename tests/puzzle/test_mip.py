@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from distill.config import RopeConfig
+from fusion.config import FuseConfig
+from fusion.grouping import fusion_groups
+from puzzle import mip
 from puzzle.config import ConstraintConfig, SearchConfig, WorkloadConfig
-from puzzle.mip import GIB, InfeasibleError, budgets_of, build_problem, find_solutions, num_merges, pareto_front, solve
-from puzzle.tables import CostTable, MergeSaving, OverheadCost, SubblockCost
+from puzzle.mip import find_solutions, pareto_front, solve
+from puzzle.model.architecture import Architecture, BlockConfig
+from puzzle.search_problem import (
+    GIB,
+    FusionRule,
+    InfeasibleError,
+    best_parent_throughput,
+    budgets_of,
+    build_problem,
+    costs_of,
+)
+from puzzle.tables import CostTable, MergeSaving, OverheadCost, SubblockCost, parse_variant
 
 ATTENTIONS = ("kv2", "linear", "no_op")
 FFNS = ("w512", "w256", "no_op")
@@ -20,7 +36,7 @@ SLACK = 1e-6
 """The solver's feasibility tolerance."""
 
 
-def cost_table(rng, attentions=ATTENTIONS, ffns=FFNS, *, saving_ms=0.3):
+def cost_table(rng, attentions=ATTENTIONS, ffns=FFNS, *, saving_ms=0.3, batch_size=2):
     """Random costs that fall along each list; a no-op is free."""
 
     def rows(subblock, variants):
@@ -39,7 +55,9 @@ def cost_table(rng, attentions=ATTENTIONS, ffns=FFNS, *, saving_ms=0.3):
             )
 
     return CostTable(
-        workload=WorkloadConfig(batch_size=2, prefill_tokens=8, generated_tokens=8),
+        source="measured",
+        hardware="here",
+        workload=WorkloadConfig(batch_size=batch_size, prefill_tokens=8, generated_tokens=8),
         kv_tokens=16,
         overhead=OverheadCost(prefill_ms=3.0, decode_ms=0.7, params=500, weight_bytes=2000),
         subblocks=(*rows("attention", attentions), *rows("ffn", ffns)),
@@ -51,36 +69,67 @@ def random_scores(rng, num_blocks, variants=VARIANTS, parent=PARENT):
     return [{v: 0.0 if v == parent else float(rng.lognormal(-2, 1)) for v in variants} for _ in range(num_blocks)]
 
 
-def make_problem(scores, table, *, leave_last_out=True, parent=PARENT, **fields):
+def make_problem(scores, table, *, leave_last_out=True, min_length=2, parent=PARENT, **fields):
     config = SearchConfig(**{"constraint": ConstraintConfig(), **fields})
-    return build_problem(scores, table, [parent] * len(scores), config, leave_last_out=leave_last_out)
+    own = [parent] * len(scores)
+    rule = FusionRule(leave_last_out=leave_last_out, min_length=min_length)
+    return build_problem(scores, costs_of(table, scores, own), own, config, fusion=rule)
 
 
-def saved_ms(blocks, table, *, leave_last_out):
-    """Decode time that fusion saves, block by block."""
-    merges = run = 0
-    for block in (*blocks, "end"):
-        if block.startswith("no_op+w"):
-            run += 1
-            continue
-        fused = run - 1 if leave_last_out else run
-        merges += max(0, fused - 1)
-        run = 0
-    return merges * table.ffn_merge_saving.decode_ms
+def num_merges(blocks, *, leave_last_out, min_length=2):
+    """Merges of the later fusion, counted on the groups that the fuse stage itself would make."""
+    variants = [parse_variant(block) for block in blocks]
+    architecture = Architecture(
+        vocab_size=320,
+        hidden_dim=32,
+        num_heads=2,
+        head_dim=16,
+        blocks=tuple(BlockConfig(attention=a, ffn=f, parent_block_indices=(i,)) for i, (a, f) in enumerate(variants)),
+        max_positions=64,
+        rope=RopeConfig(theta=1e4),
+    )
+    try:
+        config = FuseConfig(leave_last_out=leave_last_out, min_length=min_length)
+        return sum(last - first for first, last in fusion_groups(architecture, config, None))
+    except ValueError:  # nothing to fuse
+        return 0
 
 
-def every_choice(scores, table, *, fusion_aware, leave_last_out):
-    """Score, latency and memory of all combinations, [num_choices, 3]."""
+def every_choice(scores, table, *, fusion_aware=True, **rule):
+    """Score, decode and request latency, memory, parameters and KV bytes of all combinations, [num_choices, 6]."""
     costs = {variant: table.block(variant) for row in scores for variant in row}
-    outside = table.outside_blocks()
+    merges = functools.cache(lambda free: num_merges(["no_op+w512" if f else PARENT for f in free], **rule))
     rows = []
     for blocks in itertools.product(*scores):
-        score = sum(row[block] for row, block in zip(scores, blocks, strict=True))
-        latency_ms = outside.decode_ms + sum(costs[block].decode_ms for block in blocks)
-        if fusion_aware:
-            latency_ms -= saved_ms(blocks, table, leave_last_out=leave_last_out)
-        rows.append((score, latency_ms, outside.memory_bytes + sum(costs[block].memory_bytes for block in blocks)))
+        parts = [table.outside_blocks(), *(costs[block] for block in blocks)]
+        fused = merges(tuple(block.startswith("no_op+w") for block in blocks)) if fusion_aware else 0
+        rows.append(
+            (
+                sum(row[block] for row, block in zip(scores, blocks, strict=True)),
+                sum(part.decode_ms for part in parts) - fused * table.merge_saving_ms("decode"),
+                sum(part.request_ms for part in parts) - fused * table.merge_saving_ms("request"),
+                *(sum(getattr(part, name) for part in parts) for name in OTHER_COSTS),
+            )
+        )
     return np.array(rows)
+
+
+OTHER_COSTS = ("memory_bytes", "params", "kv_bytes_per_token")
+
+
+def assert_equals_brute_force(problem, choices, constraint, limits):
+    """``limits``: of the costs of :func:`every_choice`, the score left out."""
+    budgets = budgets_of(problem, constraint)
+    within = (choices[:, 1:] <= np.array(limits) * (1 + 1e-9)).all(1)
+    expected = choices[within, 0].min(initial=np.inf)
+    if np.isinf(expected):
+        with pytest.raises(InfeasibleError):
+            solve(problem, budgets)
+        return
+    found = solve(problem, budgets)
+    assert found.score == pytest.approx(expected, rel=1e-9)
+    assert (found.status, found.mip_gap) == ("optimal", pytest.approx(0.0, abs=1e-9))
+    assert all(problem.spent(found.blocks, budget.cost) <= budget.limit * (1 + SLACK) for budget in budgets)
 
 
 @pytest.mark.parametrize("fusion_aware", [True, False])
@@ -91,21 +140,59 @@ def test_equals_brute_force(seed, fusion_aware, leave_last_out):
     table, scores = cost_table(rng), random_scores(rng, 5, VARIANTS[::2] if seed % 2 else (PARENT, *VARIANTS[5:]))
     problem = make_problem(scores, table, fusion_aware=fusion_aware, leave_last_out=leave_last_out)
     choices = every_choice(scores, table, fusion_aware=fusion_aware, leave_last_out=leave_last_out)
+    parent = table.model([PARENT] * 5)
     for latency_frac, memory_frac in ((0.8, 0.9), (0.55, 0.9), (0.35, 0.5), (0.1, 0.9)):
-        budgets = budgets_of(problem, ConstraintConfig(latency_frac=latency_frac, memory_frac=memory_frac))
-        limits = [latency_frac * problem.parent_costs.decode_ms, memory_frac * problem.parent_costs.memory_bytes]
-        expected = choices[(choices[:, 1:] <= limits).all(1), 0].min(initial=np.inf)
-        if np.isinf(expected):
-            with pytest.raises(InfeasibleError):
-                solve(problem, budgets)
-            continue
-        found = solve(problem, budgets)
-        assert found.score == pytest.approx(expected, rel=1e-9)
-        assert (found.status, found.mip_gap) == ("optimal", pytest.approx(0.0, abs=1e-9))
-        # What is reported is what the choice costs.
-        assert found.costs == table.model(found.blocks)
-        saved = saved_ms(found.blocks, table, leave_last_out=leave_last_out)
-        assert found.predicted_fused_latency_ms == pytest.approx(found.costs.decode_ms - saved, rel=1e-12)
+        constraint = ConstraintConfig(latency_frac=latency_frac, memory_frac=memory_frac)
+        limits = [latency_frac * parent.decode_ms, np.inf, memory_frac * parent.memory_bytes, np.inf, np.inf]
+        assert_equals_brute_force(problem, choices, constraint, limits)
+
+
+@pytest.mark.parametrize(("leave_last_out", "min_length"), [(True, 3), (False, 3), (True, 4), (False, 4)])
+@pytest.mark.parametrize("seed", range(2))
+def test_fusion_of_long_runs_alone_equals_brute_force(seed, leave_last_out, min_length):
+    """Removals are dear here and merges save much, so that the solver would like short runs to be fused."""
+    rng = np.random.default_rng(seed)
+    rule = {"leave_last_out": leave_last_out, "min_length": min_length}
+    table, scores = cost_table(rng, saving_ms=0.5), random_scores(rng, 8, (PARENT, "no_op+w512", "kv2+w256"))
+    problem, choices = make_problem(scores, table, **rule), every_choice(scores, table, **rule)
+    parent = table.model([PARENT] * 8)
+    for frac in (0.9, 0.7, 0.5, 0.4):
+        limits = [frac * parent.decode_ms, *[np.inf] * 4]
+        assert_equals_brute_force(problem, choices, ConstraintConfig(latency_frac=frac), limits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_budgets_together_equal_brute_force(seed):
+    """Decoding and whole requests each with a merge saving of their own, memory, parameters and KV cache."""
+    rng = np.random.default_rng(seed)
+    table, scores = cost_table(rng), random_scores(rng, 5, (PARENT, *VARIANTS[4:]))
+    problem, choices = make_problem(scores, table), every_choice(scores, table, leave_last_out=True)
+    parent = table.model([PARENT] * 5)
+    for frac in (0.9, 0.7, 0.5):
+        constraint = ConstraintConfig(
+            latency_frac=frac,
+            throughput_ratio=1.1 / frac,
+            memory_frac=1.02 * frac,
+            params_frac=1.05 * frac,
+            kv_frac=0.8,
+        )
+        limits = [
+            frac * parent.decode_ms,
+            frac / 1.1 * parent.request_ms,
+            1.02 * frac * parent.memory_bytes,
+            1.05 * frac * parent.params,
+            0.8 * parent.kv_bytes_per_token,
+        ]
+        assert_equals_brute_force(problem, choices, constraint, limits)
+
+
+@pytest.mark.parametrize("leave_last_out", [True, False])
+@pytest.mark.parametrize("min_length", [2, 3, 4])
+def test_merges_are_counted_as_the_fuse_stage_groups(leave_last_out, min_length):
+    rule = FusionRule(leave_last_out=leave_last_out, min_length=min_length)
+    for free in itertools.product((False, True), repeat=7):
+        blocks = ["no_op+w512" if is_free else PARENT for is_free in free]
+        assert rule.num_merges(free) == num_merges(blocks, leave_last_out=leave_last_out, min_length=min_length)
 
 
 def test_fusion_awareness_admits_a_run_that_separate_removals_do_not():
@@ -113,7 +200,7 @@ def test_fusion_awareness_admits_a_run_that_separate_removals_do_not():
     table = cost_table(np.random.default_rng(0))
     scores = [{PARENT: 0.0, "no_op+w512": 1.0 if block % 2 else 1.1} for block in range(6)]
     neighbours = ("no_op+w512",) * 4 + (PARENT,) * 2
-    latency_ms = table.model(neighbours).decode_ms - saved_ms(neighbours, table, leave_last_out=True)
+    latency_ms = table.model(neighbours).decode_ms - 2 * table.ffn_merge_saving.decode_ms
     problem = make_problem(scores, table)
     found = solve(problem, budgets_of(problem, ConstraintConfig(latency_ms=latency_ms + 1e-3)))
     assert found.blocks.count("no_op+w512") == 4
@@ -134,18 +221,21 @@ def test_fusion_awareness_admits_a_run_that_separate_removals_do_not():
     ],
 )
 def test_num_merges(blocks, leaving_out, fusing_all):
-    assert num_merges(blocks, leave_last_out=True) == leaving_out
-    assert num_merges(blocks, leave_last_out=False) == fusing_all
+    table = cost_table(np.random.default_rng(0), ffns=("w512", "w256", "linear", "no_op"))
+    scores = [{PARENT: 0.0, block: 1.0} for block in blocks]
+    for leave_last_out, expected in ((True, leaving_out), (False, fusing_all)):
+        assert make_problem(scores, table, leave_last_out=leave_last_out).num_merges(blocks) == expected
 
 
 def test_without_a_tight_budget_the_parent_stays():
     rng = np.random.default_rng(0)
-    problem = make_problem(random_scores(rng, 4), cost_table(rng))
+    scores, table = random_scores(rng, 4), cost_table(rng)
+    problem = make_problem(scores, table)
     for constraint in (ConstraintConfig(), ConstraintConfig(latency_frac=1.0, memory_frac=1.0, params_frac=1.0)):
         found = solve(problem, budgets_of(problem, constraint))
         assert found.blocks == (PARENT,) * 4
         assert found.score == 0
-        assert found.costs == problem.parent_costs
+        assert found.costs == asdict(table.model([PARENT] * 4))
 
 
 @pytest.mark.parametrize("latency", ["decode", "prefill", "request"])
@@ -156,16 +246,17 @@ def test_budgets_are_of_the_phase_and_relative_to_the_parent_with_its_overhead(l
     parent = table.model([PARENT] * 4)
     parent_ms = {"decode": parent.decode_ms, "prefill": parent.prefill_ms, "request": parent.request_ms}[latency]
     constraint = ConstraintConfig(latency_frac=0.5, memory_gib=2e-6, params_frac=0.75)
+    phase = f"{latency}_ms"
     limits = {budget.cost: budget.limit for budget in budgets_of(problem, constraint)}
     assert limits == {
-        "latency_ms": pytest.approx(0.5 * parent_ms),
+        phase: pytest.approx(0.5 * parent_ms),
         "memory_bytes": pytest.approx(2e-6 * GIB),
         "params": pytest.approx(0.75 * parent.params),
     }
     found = solve(problem, budgets_of(problem, constraint))
-    assert found.predicted_fused_latency_ms <= limits["latency_ms"] * (1 + SLACK)
-    assert found.costs.memory_bytes <= limits["memory_bytes"] * (1 + SLACK)
-    assert found.costs.params <= limits["params"] * (1 + SLACK)
+    assert found.predicted_fused_latency_ms <= limits[phase] * (1 + SLACK)
+    assert found.costs["memory_bytes"] <= limits["memory_bytes"] * (1 + SLACK)
+    assert found.costs["params"] <= limits["params"] * (1 + SLACK)
 
 
 def test_negative_scores_are_taken():
@@ -231,6 +322,8 @@ def test_a_budget_out_of_reach_is_named_with_what_can_be_reached():
 def test_budgets_out_of_reach_together_say_what_to_relax():
     """Cheap in time is dear in parameters, and the other way round."""
     table = CostTable(
+        source="measured",
+        hardware="here",
         workload=WorkloadConfig(),
         kv_tokens=256,
         overhead=OverheadCost(prefill_ms=0.0, decode_ms=0.0, params=0, weight_bytes=0),
@@ -284,14 +377,107 @@ def test_absolute_settings_round_up(key, cost, text):
 
 def test_tables_that_do_not_match():
     rng = np.random.default_rng(0)
-    table, scores = cost_table(rng), random_scores(rng, 2)
+    table, scores = cost_table(rng, ("kv8", *ATTENTIONS)), random_scores(rng, 2)
     config = SearchConfig(constraint=ConstraintConfig())
+
+    def build(scores, parent):
+        return build_problem(scores, costs_of(table, scores, parent), parent, config)
+
     with pytest.raises(ValueError, match="scores cover 2 blocks, the parent of the costs has 3"):
-        build_problem(scores, table, [PARENT] * 3, config)
+        build(scores, [PARENT] * 3)
     with pytest.raises(ValueError, match=r"block 0 lacks the parent's own variant kv8\+w512"):
-        build_problem(scores, table, ["kv8+w512"] * 2, config)
+        build(scores, ["kv8+w512"] * 2)
     with pytest.raises(ValueError, match="attention variant kv1 is not in the table"):
-        build_problem([{**row, "kv1+w512": 0.1} for row in scores], table, [PARENT] * 2, config)
+        build([{**row, "kv1+w512": 0.1} for row in scores], [PARENT] * 2)
+
+
+def test_conditional_scores_may_lack_the_parent_but_budgets_are_relative_to_it():
+    """Scores of changes to a child without its last attention: the parent's own last block is no candidate."""
+    table = cost_table(np.random.default_rng(0))
+    scores = [{PARENT: 0.0, "kv2+w256": 1.0}, {"no_op+w512": 0.0, "no_op+w256": 0.5}]
+    own, config = [PARENT] * 2, SearchConfig(constraint=ConstraintConfig())
+    costs = costs_of(table, scores, own)
+    with pytest.raises(ValueError, match="block 1 lacks the parent's own variant"):
+        build_problem(scores, costs, own, config)
+    problem = build_problem(scores, costs, own, config, is_conditional=True)
+    (budget,) = budgets_of(problem, ConstraintConfig(params_frac=0.99))
+    assert budget.limit == pytest.approx(0.99 * table.model(own).params)
+    assert solve(problem, [budget]).blocks == (PARENT, "no_op+w512")
+
+
+def test_throughput_is_a_lower_bound():
+    rng = np.random.default_rng(5)
+    table = cost_table(rng)
+    problem = make_problem(random_scores(rng, 4), table)
+    parent = table.model([PARENT] * 4)
+    tokens_per_s = 2 * 8 * 1e3 / parent.request_ms
+    for constraint in (
+        ConstraintConfig(throughput_ratio=1.5),
+        ConstraintConfig(throughput_tokens_per_s=1.5 * tokens_per_s),
+    ):
+        (budget,) = budgets_of(problem, constraint)
+        assert budget.limit == pytest.approx(parent.request_ms / 1.5)
+        assert problem.spent(solve(problem, [budget]).blocks, "request_ms") <= budget.limit * (1 + SLACK)
+    (budget,) = budgets_of(problem, ConstraintConfig(throughput_ratio=1e3))
+    with pytest.raises(
+        InfeasibleError, match=r"throughput_ratio=1000 is out of reach, the most is throughput_"
+    ) as error:
+        solve(problem, [budget])
+    most = float(re.findall(r"the most is throughput_ratio=([\d.]+)", str(error.value))[0])
+    assert solve(problem, budgets_of(problem, ConstraintConfig(throughput_ratio=most))).score > 0
+    with pytest.raises(InfeasibleError):
+        solve(problem, budgets_of(problem, ConstraintConfig(throughput_ratio=1.01 * most)))
+
+
+def test_throughput_is_relative_to_the_batch_size_that_suits_the_parent_best():
+    scores, own = random_scores(np.random.default_rng(0), 3), [PARENT] * 3
+    tables = [cost_table(np.random.default_rng(0), batch_size=size) for size in (1, 4, 16)]
+    costs = [costs_of(table, scores, own) for table in tables]
+    totals = [table.model(own) for table in tables]
+    best = best_parent_throughput(costs, own, None)
+    assert best == pytest.approx(16 * 8e3 / totals[2].request_ms)
+    limit = (totals[1].memory_bytes + totals[2].memory_bytes) / 2 / GIB
+    assert best_parent_throughput(costs, own, limit) == pytest.approx(4 * 8e3 / totals[1].request_ms)
+    with pytest.raises(ValueError, match=r"needs .* GiB at batch size 1, .*give throughput_tokens_per_s"):
+        best_parent_throughput(costs, own, totals[0].memory_bytes / GIB / 2)
+
+
+def test_a_budget_relative_to_nothing_is_refused():
+    """A parent without a KV cache."""
+    problem = make_problem([{"linear+w512": 0.0}], cost_table(np.random.default_rng(0)), parent="linear+w512")
+    with pytest.raises(ValueError, match="kv_frac is relative to the parent, whose kv_bytes_per_token is 0"):
+        budgets_of(problem, ConstraintConfig(kv_frac=0.5))
+
+
+@pytest.mark.parametrize("fusion_aware", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_variants_that_are_left_out_at_first_change_no_optimum(monkeypatch, seed, fusion_aware):
+    rng = np.random.default_rng(seed)
+    problem = make_problem(random_scores(rng, 24), cost_table(rng), fusion_aware=fusion_aware)
+    budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.5, memory_frac=0.6, params_frac=0.5))
+    scores = []
+    for num_variants in (0, 1, 3, 10**6):
+        monkeypatch.setattr(mip, "CORE_VARIANTS", num_variants)
+        scores.append(solve(problem, budgets).score)
+    # The solver's absolute gap is 1e-6 of the typical score.
+    assert scores == pytest.approx([scores[-1]] * 4, rel=1e-6)
+
+
+def test_too_little_time():
+    rng = np.random.default_rng(0)
+    problem = make_problem(random_scores(rng, 60), cost_table(rng), time_limit_seconds=1e-6)
+    budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.5, memory_frac=0.6, params_frac=0.5))
+    with pytest.raises(ValueError, match=r"time_limit_seconds=1e-06 passed before any choice was found .*; raise it"):
+        solve(problem, budgets)
+
+
+def test_nothing_of_the_solver_reaches_the_console(capfd):
+    """HiGHS prints a line of its own on some problems of this kind."""
+    rng = np.random.default_rng(1)
+    problem = make_problem(random_scores(rng, 40), cost_table(rng))
+    solve(problem, budgets_of(problem, ConstraintConfig(latency_frac=0.5, memory_frac=0.6, params_frac=0.55)))
+    print("still there")
+    assert capfd.readouterr().out == "still there\n"
 
 
 @pytest.mark.parametrize("fusion_aware", [False, True])
@@ -308,7 +494,7 @@ def test_the_size_of_the_largest_published_search(fusion_aware):
     (budget,) = budgets_of(problem, ConstraintConfig(latency_frac=0.5))
     found = solve(problem, [budget])
     assert (found.status, found.mip_gap) == ("optimal", pytest.approx(0.0, abs=1e-9))
-    latency_ms = found.predicted_fused_latency_ms if fusion_aware else found.costs.decode_ms
+    latency_ms = found.predicted_fused_latency_ms if fusion_aware else found.costs["decode_ms"]
     assert latency_ms <= budget.limit * (1 + SLACK)
 
     # Lagrangian bound without fusion: whatever the price of a millisecond, no choice within budget scores less.

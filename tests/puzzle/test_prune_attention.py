@@ -25,15 +25,21 @@ def without_attention(architecture: Architecture, index: int) -> Architecture:
     )
 
 
-def test_removable_are_the_attentions_behind_the_kept_blocks(pico_architecture: Architecture) -> None:
+def test_removable_are_the_attentions_of_blocks_that_are_not_kept(pico_architecture: Architecture) -> None:
     pruned = without_attention(pico_architecture, 2)
-    assert removable_attentions(pico_architecture, num_attentions=3, keep_first_blocks=1) == (1, 2, 3)
-    assert removable_attentions(pruned, num_attentions=1, keep_first_blocks=0) == (0, 1, 3)
+    assert removable_attentions(pico_architecture, num_attentions=3, keep_attention=(0,)) == (1, 2, 3)
+    assert removable_attentions(pico_architecture, num_attentions=1, keep_attention=("0..1", -1)) == (2,)
+    assert removable_attentions(pruned, num_attentions=1, keep_attention=()) == (0, 1, 3)
 
 
 def test_more_attentions_than_there_are_is_an_error(pico_architecture: Architecture) -> None:
-    with pytest.raises(ValueError, match=r"num_attentions=4, but only 3 attentions .*keep_first_blocks=1 of 4 blocks"):
-        removable_attentions(pico_architecture, num_attentions=4, keep_first_blocks=1)
+    with pytest.raises(ValueError, match=r"num_attentions=4, but only 3 attentions .*keep_attention=\[0\] of 4 blocks"):
+        removable_attentions(pico_architecture, num_attentions=4, keep_attention=(0,))
+
+
+def test_blocks_to_keep_that_are_not_there_are_an_error(pico_architecture: Architecture) -> None:
+    with pytest.raises(ValueError, match=r"prune_attention\.keep_attention: 4"):
+        removable_attentions(pico_architecture, num_attentions=1, keep_attention=(4,))
 
 
 def test_the_cheapest_go_first() -> None:
@@ -56,8 +62,9 @@ def test_scores_are_those_of_the_model_with_one_attention_silenced(
     lively_parent: DeciLMForCausalLM, lively_parent_dir: Path, pico_architecture: Architecture, sequences: Tensor
 ) -> None:
     scores = score_removals(lively_parent, pico_architecture, (1, 3), sequences, batch_size=4)
-    klds = removal_klds(scores, pico_architecture)
+    klds = removal_klds(scores.table, pico_architecture)
     assert klds.keys() == {1, 3}
+    assert scores.removals == ()
     with torch.no_grad():
         log_p = lively_parent(sequences).logits[:, :-1].log_softmax(-1)
         for index, kld in klds.items():
@@ -66,6 +73,29 @@ def test_scores_are_those_of_the_model_with_one_attention_silenced(
             log_q = silenced(sequences).logits[:, :-1].log_softmax(-1)
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
             assert kld == pytest.approx(expected, rel=1e-4)  # fp32 means in another order
+
+
+def test_iterative_removal_is_greedy_beside_what_is_gone(
+    lively_parent: DeciLMForCausalLM, lively_parent_dir: Path, pico_architecture: Architecture, sequences: Tensor
+) -> None:
+    scores = score_removals(
+        lively_parent, pico_architecture, (0, 1, 2, 3), sequences, batch_size=4, iterative_removals=3
+    )
+
+    @torch.no_grad()
+    def kld_without(indices: tuple[int, ...]) -> float:
+        silenced = load_model(lively_parent_dir)
+        for index in indices:
+            silenced.model.layers[index].self_attn.o_proj.weight.zero_()
+        log_p, log_q = (model(sequences).logits[:, :-1].log_softmax(-1) for model in (lively_parent, silenced))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+    gone: tuple[int, ...] = ()
+    for _ in range(3):
+        gone += (min(set(range(4)) - set(gone), key=lambda index: kld_without((*gone, index))),)
+    assert scores.removals == gone
+    klds = removal_klds(scores.table, pico_architecture)
+    assert sum(klds[index] for index in gone) == pytest.approx(kld_without(gone), rel=1e-4)  # fp32 in another order
 
 
 def test_removal_changes_nothing_but_the_attentions(

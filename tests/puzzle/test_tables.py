@@ -30,7 +30,12 @@ def scores() -> ScoreTable:
         parent={"lm_loss": 2.0},
         num_tokens=64,
         rows=tuple(
-            ScoreRow(block=block, variant=variant, kld=kld, lm_loss=-kld, hidden_cosine=2 * kld, kld_stderr=0.0)
+            ScoreRow(
+                block=block,
+                variant=variant,
+                values={"kld": kld, "lm_loss": -kld, "hidden_cosine": 2 * kld},
+                stderr={"kld": 0.0},
+            )
             for block in (0, 1)
             for variant, kld in (("kv2+w512", 0.0), ("no_op+w512", 0.25))
         ),
@@ -51,6 +56,8 @@ def costs() -> CostTable:
         )
 
     return CostTable(
+        source="measured",
+        hardware="a device",
         workload=WorkloadConfig(batch_size=3, prefill_tokens=10, generated_tokens=5),
         kv_tokens=15,
         overhead=OverheadCost(prefill_ms=7.0, decode_ms=0.5, params=100, weight_bytes=400),
@@ -82,6 +89,15 @@ def test_scores_survive_the_disk(tmp_path, scores):
     assert scores.by_block("hidden_cosine") == ({"kv2+w512": 0.0, "no_op+w512": 0.5},) * 2
 
 
+def test_a_metric_that_not_all_rows_have(scores):
+    del scores.rows[1].values["lm_loss"]
+    assert scores.metrics == ("kld", "hidden_cosine")
+    with pytest.raises(
+        ValueError, match=r"block 0, variant no_op\+w512 has no lm_loss; all rows have kld, hidden_cosine"
+    ):
+        scores.by_block("lm_loss")
+
+
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
@@ -94,9 +110,11 @@ def edit(path, change):
         (lambda c: [row.update(block=2 * row["block"]) for row in c["rows"]], r"from 0 without gaps.*\[0, 2\]"),
         (lambda c: [row.update(block=row["block"] + 1) for row in c["rows"]], r"from 0 without gaps.*\[1, 2\]"),
         (lambda c: c["rows"].append(c["rows"][1]), r"block 0 has variant no_op\+w512 twice"),
-        (lambda c: c["rows"][1].update(kld=float("nan")), r"block 0, variant no_op\+w512: kld is nan"),
-        (lambda c: c["rows"][1].pop("kld"), "kld"),
-        (lambda c: c["rows"][1].update(kld="low"), "low"),
+        (lambda c: c["rows"][1]["values"].update(kld=float("nan")), r"block 0, variant no_op\+w512: kld is nan"),
+        (lambda c: c["rows"][1]["stderr"].update(kld=float("inf")), r"block 0, variant no_op\+w512: kld is inf"),
+        (lambda c: c["rows"][1]["values"].clear(), r"variant no_op\+w512 has no value"),
+        (lambda c: c["rows"][1].pop("values"), "values"),
+        (lambda c: c["rows"][1]["values"].update(kld="low"), "low"),
         (lambda c: c["rows"][1].update(variant="none"), "none"),
         (lambda c: c.update(rows=[]), "no rows"),
         (lambda c: c.pop("num_tokens"), "num_tokens"),
@@ -122,15 +140,25 @@ def test_a_file_that_is_none(tmp_path, content):
 
 
 def test_costs_survive_the_disk(tmp_path, costs):
-    file = CostFile(
-        architecture={"hidden_size": 32},
-        hardware={"measured": "a device"},
-        workload=costs.workload,
-        tables={"measured": costs},
-    )
+    file = CostFile(architecture={"hidden_size": 32}, workload=costs.workload, tables=(costs,))
     file.write(tmp_path / "costs.json")
     assert CostFile.read(tmp_path / "costs.json") == file
-    assert "workload" not in json.loads((tmp_path / "costs.json").read_text())["tables"]["measured"]
+
+
+def test_tables_of_a_source_by_batch_size(costs):
+    at = {size: replace(costs, workload=replace(costs.workload, batch_size=size)) for size in (8, 1, 3)}
+    analytic = replace(costs, source="analytic")
+    file = CostFile(architecture={}, workload=costs.workload, tables=(*at.values(), analytic))
+    assert file.sources == ("measured", "analytic")
+    # The workload's own batch size comes first.
+    assert list(file.of_source("measured").items()) == [(size, at[size]) for size in (3, 1, 8)]
+    with pytest.raises(ValueError, match=r"no table from 'vllm', only from measured, analytic"):
+        file.of_source("vllm")
+
+
+def test_two_tables_of_one_source_and_batch_size_are_refused(costs):
+    with pytest.raises(ValueError, match=r"two tables from measured at batch size 3"):
+        CostFile(architecture={}, workload=costs.workload, tables=(costs, costs))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +177,8 @@ def test_costs_survive_the_disk(tmp_path, costs):
 )
 def test_costs_with_holes_are_refused(tmp_path, costs, change, message):
     path = tmp_path / "costs.json"
-    CostFile(architecture={}, hardware={}, workload=costs.workload, tables={"measured": costs}).write(path)
-    edit(path, lambda content: change(content["tables"]["measured"]))
+    CostFile(architecture={}, workload=costs.workload, tables=(costs,)).write(path)
+    edit(path, lambda content: change(content["tables"][0]))
     with pytest.raises(ValueError, match=message) as error:
         CostFile.read(path)
     assert "\n" not in str(error.value)

@@ -21,7 +21,9 @@ KV2, FFN = AttentionConfig(num_kv_heads=2), FFNConfig(ffn_dim=512)
 
 def _run(model_dir: Path, out: Path, **config: Any) -> StageResult:
     stage = ExportStage(export=ExportConfig(**config))
-    context = StageContext(out=out, resume=out.parent / "resume", run_name="run", step_name="export")
+    context = StageContext(
+        out=out, resume=out.parent / "resume", pool=out.parent / "pool", run_name="run", step_name="export"
+    )
     return export.run(stage, {"model": SimpleNamespace(path=model_dir)}, context)  # type: ignore[dict-item]
 
 

@@ -15,7 +15,9 @@ from puzzle.model.checkpoint import TensorReader, has_tokenizer, read_architectu
 
 
 def _run(out: Path, **model: Any) -> StageResult:
-    context = StageContext(out=out, resume=out.parent / "resume", run_name="run", step_name="parent")
+    context = StageContext(
+        out=out, resume=out.parent / "resume", pool=out.parent / "pool", run_name="run", step_name="parent"
+    )
     return import_parent.run(ImportParentStage(model=ModelConfig(**model)), {}, context)
 
 

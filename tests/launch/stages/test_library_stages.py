@@ -1,8 +1,9 @@
-"""build_library, score_library, assemble and prune_attention through their bodies, on a pico parent."""
+"""build_library, assemble and prune_attention through their bodies, on a pico parent."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,10 @@ import pytest
 
 from distill.config import EngineConfig, OptimConfig, TrainConfig
 from distill.data.tokenizer import tokenizer_sha256
-from launch.registry import AssembleStage, BuildLibraryStage, PruneAttentionStage, ScoreLibraryStage
+from launch.registry import AssembleStage, BuildLibraryStage, PruneAttentionStage
 from launch.stage import StageContext, StageResult
-from launch.stages import assemble, build_library, prune_attention, score_library
-from puzzle.config import AssembleConfig, LibraryConfig, PruneAttentionConfig, ScoreConfig, SpaceConfig
+from launch.stages import assemble, build_library, prune_attention
+from puzzle.config import AssembleConfig, LibraryConfig, PruneAttentionConfig, SpaceConfig
 from puzzle.library import BlockLibrary
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.tables import ScoreTable
@@ -23,6 +24,7 @@ SPACE = SpaceConfig(kv_heads=(1,), ffn_fracs=(0.5,))
 ENGINE = EngineConfig(device="cpu")
 SEQ_LEN = 24
 BLD = TrainConfig(max_tokens=192, seq_len=SEQ_LEN, batch_size=2, eval_sequences=4)
+LIBRARY = LibraryConfig(importance_sequences=4, bld=BLD, optim=OptimConfig(lr=1e-3))
 
 
 def artifact(path: Path, fingerprint: str = "a" * 64, **inputs: str) -> SimpleNamespace:
@@ -32,7 +34,8 @@ def artifact(path: Path, fingerprint: str = "a" * 64, **inputs: str) -> SimpleNa
 
 def context(out: Path) -> StageContext:
     out.mkdir()
-    return StageContext(out=out, resume=out.with_name(f"{out.name}_resume"), run_name="run", step_name=out.name)
+    resume, pool = out.with_name(f"{out.name}_resume"), out.with_name("pool")
+    return StageContext(out=out, resume=resume, pool=pool, run_name="run", step_name=out.name)
 
 
 @pytest.fixture
@@ -57,37 +60,33 @@ def parent(pico_parent_dir: Path) -> SimpleNamespace:
     return artifact(pico_parent_dir)
 
 
-def build(out: Path, parent: SimpleNamespace, data: SimpleNamespace, bld: TrainConfig = BLD) -> StageResult:
-    config = BuildLibraryStage(
-        space=SPACE,
-        library=LibraryConfig(importance_sequences=4, bld=bld, optim=OptimConfig(lr=1e-3)),
-        engine=ENGINE,
-        seed=0,
-    )
-    return build_library.run(config, {"parent": parent, "data": data}, context(out))
+def build(
+    out: Path,
+    parent: SimpleNamespace,
+    data: SimpleNamespace,
+    settings: LibraryConfig = LIBRARY,
+    space: SpaceConfig = SPACE,
+    **further_inputs: SimpleNamespace,
+) -> StageResult:
+    config = BuildLibraryStage(space=space, library=settings, engine=ENGINE, seed=0)
+    return build_library.run(config, {"parent": parent, "data": data, **further_inputs}, context(out))
+
+
+def names(library: Path) -> list[str]:
+    return sorted(item.name for item in BlockLibrary.open(library).entries)
 
 
 def test_from_parent_to_child(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
     built = build(tmp_path / "library", parent, data)
-    assert built.headline.startswith("14 replacements, median held-out NMSE ")
+    assert built.headline.startswith("13 replacements, median held-out NMSE ")
     assert built.tokens == 192
-    assert len(BlockLibrary.open(tmp_path / "library").entries) == len(
-        list((tmp_path / "library/replacements").iterdir())
-    )
+    assert built.metrics["num_block_variants"] == 2 + 3 * 6
+    files = {path.name for path in (tmp_path / "library/replacements").iterdir()}
+    assert {f"{name}.safetensors" for name in names(tmp_path / "library")} == files
     assert (tmp_path / "library" / "metrics.jsonl").read_text().count("train/nmse") == 4
 
     library = artifact(tmp_path / "library", parent="a" * 64)
-    scoring = ScoreLibraryStage(space=SPACE, scores=ScoreConfig(num_sequences=4, seq_len=SEQ_LEN), engine=ENGINE)
-    scored = score_library.run(
-        scoring, {"parent": parent, "library": library, "data": data}, context(tmp_path / "scores")
-    )
-    table = ScoreTable.read(tmp_path / "scores" / "scores.json")
-    assert scored.headline.startswith("22 scores; dearest block ")
-    assert sorted(scored.metrics["cheapest_attention_removals"]) == [1, 2, 3]
-    assert table.num_blocks == 4
-    assert set(table.by_block("kld")[0]) == {"kv2+w512", "kv2+w256", "kv1+w512", "kv1+w256"}
-
-    variants = ["kv1+w512", "no_op+w512", "no_op+w256", "kv2+w512"]
+    variants = ["kv2+w512", "no_op+w512", "no_op+w256", "kv1+w512"]
     (tmp_path / "solution").mkdir()
     (tmp_path / "solution" / "solution.json").write_text(
         json.dumps({"parent": "a" * 64, "solutions": [{"blocks": variants}]})
@@ -116,18 +115,111 @@ def test_solution_that_does_not_fit_is_refused(
         assemble.run(AssembleStage(assemble=AssembleConfig(solution=index)), inputs, context(tmp_path / "child"))
 
 
-def test_library_of_another_parent_is_refused(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
-    inputs = {"parent": parent, "library": artifact(tmp_path, parent="b" * 64), "data": data}
-    scoring = ScoreLibraryStage(space=SPACE, scores=ScoreConfig(num_sequences=4, seq_len=SEQ_LEN), engine=ENGINE)
-    with pytest.raises(ValueError, match="library was made from parent bbbbbbbbbbbb, the parent given is aaaaaaaaaaaa"):
-        score_library.run(scoring, inputs, context(tmp_path / "scores"))
+def test_library_that_the_pool_has_consumes_no_tokens(
+    tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace
+) -> None:
+    first = build(tmp_path / "first", parent, data)
+    again = build(tmp_path / "again", parent, data)
+    assert (again.headline, again.metrics, again.tokens) == (first.headline, first.metrics, 0)
+    assert (tmp_path / "again/library.json").read_bytes() == (tmp_path / "first/library.json").read_bytes()
+    one_more_width = build(tmp_path / "wider", parent, data, space=replace(SPACE, ffn_linear=True))
+    assert one_more_width.tokens == 192
+    assert (tmp_path / "wider/metrics.jsonl").read_text().count("train/nmse") == 4
+    for name in names(tmp_path / "first"):
+        file = f"replacements/{name}.safetensors"
+        assert (tmp_path / "wider" / file).samefile(tmp_path / "first" / file)
+    other_settings = [
+        replace(LIBRARY, nmse="token"),
+        replace(LIBRARY, optim=OptimConfig(lr=2e-3)),
+        replace(LIBRARY, bld=replace(BLD, max_tokens=240)),
+        replace(LIBRARY, ffn_importance="iterative", importance_rounds=2),
+    ]
+    for number, library in enumerate(other_settings):
+        assert build(tmp_path / f"other_{number}", parent, data, library).tokens > 0
+    other_data = artifact(data.path, "d" * 64)
+    assert build(tmp_path / "other_data", parent, other_data).tokens == 192
+
+
+def test_library_without_training(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
+    untrained = build(tmp_path / "library", parent, data, replace(LIBRARY, train=False))
+    assert untrained.tokens == 0
+    assert untrained.metrics["num_kept_as_initialised"] == untrained.metrics["num_replacements"] == 13
+    assert untrained.metrics["median_nmse"] == untrained.metrics["median_nmse_init"]
+
+
+def test_decoupled_then_coupled_over_what_a_search_has_chosen(
+    tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace
+) -> None:
+    wide = replace(SPACE, attention_linear=True, ffn_linear=True)
+    build(tmp_path / "decoupled", parent, data, space=wide)
+    own = ["kv2+w512"] * 3
+    solution = {
+        "parent": parent.manifest.fingerprint,
+        "solutions": [{"blocks": [*own, "no_op+w512"]}],
+        "pareto": [{"blocks": [*own, "no_op+w512"]}, {"blocks": [*own, "kv2+w256"]}],
+    }
+    (tmp_path / "solution.json").write_text(json.dumps(solution))
+    further = {
+        "library": artifact(tmp_path / "decoupled", parent="a" * 64),
+        "solution": artifact(tmp_path),
+    }
+    coupled = replace(LIBRARY, mode="coupled")
+    built = build(tmp_path / "coupled", parent, data, coupled, wide, **further)
+    assert built.metrics["num_block_variants"] == 2 + 3 * 4
+    assert names(tmp_path / "coupled") == [
+        "0.block.kv2+w256",
+        *(
+            f"{index}.{name}"
+            for index in (1, 2, 3)
+            for name in ("block.kv2+w256", "ffn.w256.beside_no_op", "ffn.w512.beside_no_op")
+        ),
+    ]
+    # the coupled training begins where the decoupled one ended
+    decoupled, further_on = (
+        {item.name: entry for item, entry in BlockLibrary.open(tmp_path / mode).entries.items()}
+        for mode in ("decoupled", "coupled")
+    )
+    name = "1.ffn.w256.beside_no_op"
+    assert further_on[name].bld_nmse_init == pytest.approx(decoupled[name].bld_nmse, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("library_parent", "solution_parent", "message"),
+    [
+        ("b", "a", "library was made from parent bbbbbbbbbbbb, the parent given is aaaaaaaaaaaa"),
+        ("a", "b", "the solution is for model bbbbbbbbbbbb, parent is aaaaaaaaaaaa"),
+    ],
+)
+def test_further_inputs_that_do_not_fit_are_refused(
+    tmp_path: Path,
+    parent: SimpleNamespace,
+    data: SimpleNamespace,
+    library_parent: str,
+    solution_parent: str,
+    message: str,
+) -> None:
+    blocks = [{"blocks": ["no_op+w512"] * 4}]
+    solution = {"parent": solution_parent * 64, "solutions": blocks, "pareto": []}
+    (tmp_path / "solution.json").write_text(json.dumps(solution))
+    library = artifact(tmp_path, parent=library_parent * 64)
+    config = replace(LIBRARY, mode="coupled")
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "library", parent, data, config, library=library, solution=artifact(tmp_path))
 
 
 def test_sequences_beyond_the_parents_positions_are_refused(
     tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace
 ) -> None:
+    too_long = replace(LIBRARY, bld=TrainConfig(max_tokens=512, seq_len=512, batch_size=1))
     with pytest.raises(ValueError, match=r"library\.bld\.seq_len=512 is beyond the parent's 256 positions"):
-        build(tmp_path / "library", parent, data, TrainConfig(max_tokens=512, seq_len=512, batch_size=1))
+        build(tmp_path / "library", parent, data, too_long)
+
+
+def test_calibration_data_shorter_than_asked_is_refused(
+    tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace
+) -> None:
+    with pytest.raises(ValueError, match="calibration"):
+        build(tmp_path / "library", parent, data, replace(LIBRARY, importance_sequences=40))
 
 
 @pytest.mark.parametrize(("contiguous", "longest"), [(True, 2), (False, None)])
