@@ -169,7 +169,8 @@ def pareto_front(
     """
     problem = replace(problem, config=replace(problem.config, num_solutions=1))
     front: dict[float, Solution | None] = {}
-    for frac in tqdm(sorted(problem.config.pareto_latency_fracs), desc="Pareto front", unit="budget", leave=False):
+    fracs = sorted(problem.config.pareto_latency_fracs)
+    for frac in tqdm(fracs, desc="Pareto front", unit="budget", leave=False, disable=not fracs):
         constraint = replace(problem.config.constraint, latency_frac=frac, latency_ms=None)
         try:
             front[frac] = find(problem, budgets_of(problem, constraint, parent_throughput=parent_throughput))[0]

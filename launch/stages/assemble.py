@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from distill.config import require
 from launch.artifact import require_made_from
 from launch.registry import AssembleStage
+from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.assemble import assemble
 from puzzle.library import BlockLibrary
@@ -17,16 +16,8 @@ from puzzle.model.stats import num_params
 def run(config: AssembleStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Write the child of one solution."""
     require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
-    found = json.loads((inputs["solution"].path / "solution.json").read_text())
-    own, index, solutions = inputs["parent"].manifest.fingerprint, config.assemble.solution, found["solutions"]
-    require(
-        found["parent"] is not None,
-        "the solution comes from tables of unknown origin; search with scores or costs that a stage made of the parent",
-    )
-    require(
-        found["parent"] == own,
-        f"the solution is for model {found['parent'][:12]}, parent is {own[:12]}; name the parent that was searched",
-    )
+    found = read_solution(inputs["solution"], inputs["parent"])
+    index, solutions = config.assemble.solution, found["solutions"]
     require(
         index < len(solutions),
         f"assemble.solution={index}, but the search found {len(solutions)}; lower it, or raise search.num_solutions",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from distill.data.tokenizer import require_same_tokenizer
 from distill.tracking import Tracker
 from launch.artifact import fingerprinted_config, require_made_from
 from launch.registry import BuildLibraryStage
+from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.bld import Init, distill_library
 from puzzle.child_init import checkpoint_init
@@ -86,13 +86,7 @@ def _variants(config: BuildLibraryStage, inputs: Inputs, parent: Architecture) -
     variants = tuple(block_variants(parent, index, config.space) for index in range(parent.num_blocks))
     if "solution" not in inputs:
         return variants
-    found = json.loads((inputs["solution"].path / "solution.json").read_text())
-    own = inputs["parent"].manifest.fingerprint
-    require(
-        found["parent"] == own,
-        f"the solution is for model {str(found['parent'])[:12]}, parent is {own[:12]}; name the parent that was "
-        "searched",
-    )
+    found = read_solution(inputs["solution"], inputs["parent"])
     chosen = {name for row in [*found["solutions"], *found["pareto"]] for name in row["blocks"]}
     return crossed_variants(variants, chosen)
 

@@ -13,8 +13,9 @@ from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from launch.artifact import require_made_from
 from launch.registry import CheckAdditivityStage
+from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
-from launch.stages.score_library import calibration_sequences, read_solution
+from launch.stages.score_library import calibration_sequences
 from puzzle.additivity import (
     Child,
     RealisedChild,
@@ -47,7 +48,7 @@ def run(config: CheckAdditivityStage, inputs: Inputs, context: StageContext) -> 
         f"scores.num_sequences x scores.seq_len is {asked} tokens, the scores were measured on {scores.num_tokens}; "
         "give the values of the score_library step, for example in the pipeline's overrides",
     )
-    children = search_children(read_solution(inputs["solution"].path, inputs["parent"]))
+    children = search_children(read_solution(inputs["solution"], inputs["parent"]))
     children += random_children(scores, architecture, config.additivity.num_random_children, seed=config.seed)
     _require_served(children, library, architecture)
     dataset = TokenDataset.open(inputs["data"].path)

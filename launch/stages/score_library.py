@@ -5,10 +5,8 @@ With a solution as further input: what the variants do to the parent without the
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
@@ -20,6 +18,7 @@ from distill.data.tokenizer import load_tokenizer, require_same_tokenizer
 from distill.distributed import is_main
 from launch.artifact import Artifact, require_made_from
 from launch.registry import ScoreLibraryStage
+from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.assemble import child_architecture
 from puzzle.config import ScoreConfig
@@ -96,25 +95,12 @@ def _at_depth_of(
         f"scores.iterative_removals={scores.iterative_removals} beside the input `solution`, which settles what goes; "
         "choose one",
     )
-    found = read_solution(solution.path, parent)
+    found = read_solution(solution, parent)
     base, variants = at_depth(
         library.variants, child_architecture(library.parent, found["solutions"][0]["blocks"]).blocks
     )
     library.require_variants([(block,) for block in base])
     return base, variants
-
-
-def read_solution(directory: Path, parent: Artifact) -> dict[str, Any]:
-    """Content of a ``solution.json``. Raises ``ValueError`` where it is for another model than ``parent``."""
-    found = json.loads((directory / "solution.json").read_text())
-    own = parent.manifest.fingerprint
-    # A search in a user's own tables knows no model; its variants are compared with the library's later.
-    require(
-        found["parent"] in (None, own),
-        f"the solution is for model {str(found['parent'])[:12]}, the parent given is {own[:12]}; "
-        "give the one that was searched",
-    )
-    return found
 
 
 def cheapest_removals(scores: ScoreTable, parent: Architecture) -> list[int]:

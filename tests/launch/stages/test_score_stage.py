@@ -146,7 +146,7 @@ def test_iterative_removals_beside_a_solution_are_refused(tmp_path: Path, inputs
 @pytest.mark.parametrize(
     ("blocks", "parent", "message"),
     [
-        ([OWN] * 4, "f" * 64, "the solution is for model ffffffffffff, the parent given is aaaaaaaaaaaa"),
+        ([OWN] * 4, "f" * 64, "the solution is for model ffffffffffff, parent is aaaaaaaaaaaa"),
         ([OWN] * 3, "a" * 64, "the solution has 3 blocks, the parent 4"),
         (["no_op+linear", OWN, OWN, OWN], "a" * 64, r"no replacement 0\.ffn\.linear\.beside_no_op"),
     ],
