@@ -11,20 +11,15 @@ and scores of iterative removals. Steps that are in the store are not computed a
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from launch import console
+from ablation import new_parser, run, write_results
+
 from launch.artifact import Artifact
-from launch.config import PipelineConfig, StepConfig, run_settings
-from launch.pipeline import plan, run_steps
-from launch.rundir import RunDirectory
-from launch.stage import StageContext
-from launch.store import Store
+from launch.config import StepConfig
 
 METHODS = ("mip", "greedy", "attention_pruning", "random", "max_params", "no_op_only")
 LIBRARIES = {"bld": "true", "init": "false"}
@@ -32,27 +27,31 @@ LIBRARIES = {"bld": "true", "init": "false"}
 
 
 def search_steps(
-    *, samples: int, sequences: int, latency_frac: float, iterative_removals: int
+    *, libraries: list[str], samples: int, sequences: int, latency_frac: float, iterative_removals: int
 ) -> tuple[dict[str, StepConfig], list[str]]:
     """Steps up to the children by name, and the children, which are named ``<library>_<method>_<sample>``."""
     found = {
         "parent": StepConfig(stage="import_parent"),
         "data": StepConfig(stage="prepare_data", inputs={"parent": "parent"}),
     }
-    for library, train in LIBRARIES.items():
+    for library in libraries:
         inputs = {"parent": "parent", "data": "data"}
-        found[library] = StepConfig(stage="build_library", inputs=inputs, overrides=(f"library.train={train}",))
+        found[library] = StepConfig(
+            stage="build_library", inputs=inputs, overrides=(f"library.train={LIBRARIES[library]}",)
+        )
     found["costs"] = StepConfig(stage="measure_costs", inputs={"parent": "parent"})
     children: list[str] = []
     for sample in range(samples):
         skip = f"scores.skip_sequences={sample * sequences}"
-        for library in LIBRARIES:
+        for library in libraries:
             scores = f"{library}_scores_{sample}"
             found[scores] = _scores(library, skip)
             for method in METHODS:
                 name = f"{library}_{method}_{sample}"
                 overrides = (f"search.method={method}", f"search.random_seed={sample}")
                 children += _child(found, name, library, scores, latency_frac, *overrides)
+        if "bld" not in libraries:
+            continue
         plain = f"bld_plain_{sample}"
         children += _child(found, plain, "bld", f"bld_scores_{sample}", latency_frac, "search.fusion_aware=false")
         iterative = f"bld_scores_iterative_{sample}"
@@ -89,26 +88,6 @@ def _child(
         stage="assemble", inputs={"parent": "parent", "library": library, "solution": f"{name}_search"}
     )
     return [name]
-
-
-def run(root: Path, steps: dict[str, StepConfig], overrides: list[str]) -> dict[str, Artifact]:
-    """Artifacts of all steps."""
-    pipeline = PipelineConfig(about="search ablation", steps=steps)
-    overrides = [*overrides, f"run.root={root}", "run.name=ablation"]
-    planned = plan(pipeline, overrides)
-    directory = RunDirectory(root=root.absolute(), name="ablation")
-    settings = run_settings(pipeline, overrides)
-    store = Store(directory.store)
-    context = StageContext(
-        out=directory.path,
-        resume=directory.path,
-        pool=store.pool,
-        run_name="ablation",
-        step_name="ablation",
-        tracking=settings.tracking,
-    )
-    with directory.held():
-        return run_steps(planned, store=store, run=directory, context=context, listener=console.listener(len(planned)))
 
 
 def rows(artifacts: Mapping[str, Artifact]) -> Iterator[dict[str, Any]]:
@@ -171,35 +150,31 @@ def _spread(group: list[dict[str, Any]], key: str, form: str = ".3f") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/ablation"), help="directory of the store")
+    parser = new_parser(__doc__, root="runs/ablation")
+    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES), help="rows to make")
     parser.add_argument("--samples", type=int, default=3, help="samples of calibration data")
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of each sample")
     parser.add_argument("--latency-frac", type=float, default=0.6, help="budget of decode latency")
     parser.add_argument("--iterative-removals", type=int, default=16, help="removals that are scored one after another")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every step")
-    parser.add_argument("--out", type=Path, default=None, help="directory for ablation.json and ablation.md")
     options = parser.parse_args()
     steps, children = search_steps(
+        libraries=options.libraries,
         samples=options.samples,
         sequences=options.sequences,
         latency_frac=options.latency_frac,
         iterative_removals=options.iterative_removals,
     )
     overrides = [*options.set, f"scores.num_sequences={options.sequences}"]
-    artifacts = run(options.root, steps, overrides)
-    artifacts = run(options.root, steps | judging_steps(artifacts, children), overrides)
+    artifacts = run(options.root, "ablation", steps, overrides)
+    artifacts = run(options.root, "ablation", steps | judging_steps(artifacts, children), overrides)
     results = list(rows(artifacts))
     parent_loss = json.loads((artifacts["evaluation"].path / "evaluate.json").read_text())["models"]["parent"][
         "lm_loss"
     ]
     text = table(results, parent_loss)
     print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        seconds = {name: artifact.manifest.seconds for name, artifact in artifacts.items()}
-        (options.out / "ablation.json").write_text(json.dumps({"rows": results, "seconds": seconds}, indent=1) + "\n")
-        (options.out / "ablation.md").write_text(text + "\n")
+    seconds = {name: artifact.manifest.seconds for name, artifact in artifacts.items()}
+    write_results(options.out, "ablation", {"rows": results, "seconds": seconds}, text)
 
 
 if __name__ == "__main__":

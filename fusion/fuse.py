@@ -7,21 +7,20 @@ exact; what fusion approximates is the chain of members by their parallel sum (e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.config import require
+from fusion.config import Norm
 from fusion.grouping import Group, block_spans, fused_architecture, validate_groups
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, read_architecture
+from puzzle.model.checkpoint import CheckpointWriter, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes, tensor_shapes
-
-Norm = Literal["folded", "last"]
+from puzzle.model.tensor_reader import TensorReader, row_ranges
 
 NORM = "post_attention_layernorm.weight"
 GATE = "mlp.gate_proj.weight"
@@ -39,8 +38,8 @@ def fuse_checkpoint(model_dir: Path, out_dir: Path, groups: Sequence[Group], nor
     activation once more, for all members, when it multiplies by the scale; and it breaks down where a scale is 0. Norm
     "last" leaves all weights as they are and gives every member the last one's norm (paper, eq. 5).
 
-    Tensors are read and written one at a time: peak memory is the shard being filled, the widest fused projection and
-    one member's in fp64.
+    Memory is a few chunks of rows of some MiB, however large the tensors. What only moves (copied tensors, gate and
+    up under norm "last") goes from file to file; what is folded, and the down projections, pass through in chunks.
 
     Args:
         model_dir: checkpoint before fusion.
@@ -62,46 +61,61 @@ def fuse_checkpoint(model_dir: Path, out_dir: Path, groups: Sequence[Group], nor
         _check_tensors(reader, architecture)
         with CheckpointWriter(out_dir, fused, dtype=reader.dtype(EMBEDDING)) as writer:
             for name in other_shapes(fused):
-                writer.add(name, reader.read(name))
+                writer.copy(name, reader)
             for index, span in enumerate(tqdm(spans, desc="fuse", unit="block", leave=False)):
                 for name in block_shapes(fused, fused.blocks[index]):
-                    writer.add(block_prefix(index) + name, _block_tensor(reader, span, name, norm))
+                    _write_block_tensor(writer, index, reader, span, name, norm)
     return fused
 
 
-def fold_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """``weight @ diag(scale)`` for weight [channels, hidden] and norm scale [hidden], in fp64.
+def fold_scale(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight @ diag(scale)`` for weight [channels, hidden] and norm scale [hidden], rounded once to ``dtype``.
 
-    Products of fp32 or bf16 values are exact in fp64, so the cast to the checkpoint's data type is the only rounding.
+    A product in the data type of both is rounded once by itself: CPU kernels multiply bf16 and fp16 in fp32, where such
+    products are exact. Where types differ it is taken in fp64, in which products of bf16, fp16 and fp32 are exact.
     """
-    return weight.double() * scale.double()
+    if weight.dtype == scale.dtype == dtype:
+        return weight * scale
+    return (weight.double() * scale.double()).to(dtype)
 
 
-def _block_tensor(reader: TensorReader, span: Group, name: str, norm: Norm) -> Tensor:
-    """Tensor ``name`` of the block that the blocks ``span`` of the unfused model become."""
-    first, last = span
-    if first == last:
-        return reader.read(block_prefix(first) + name)
-    if name == NORM:
-        scale = reader.read(block_prefix(last) + NORM)
-        return torch.ones_like(scale) if norm == "folded" else scale
-    return _concatenated(reader, span, name, folded=norm == "folded" and name != DOWN)
+def _write_block_tensor(
+    writer: CheckpointWriter, block: int, reader: TensorReader, span: Group, name: str, norm: Norm
+) -> None:
+    """Write tensor ``name`` of ``block``, which the blocks ``span`` of the unfused model become."""
+    sources = [block_prefix(index) + name for index in range(span[0], span[1] + 1)]
+    target = block_prefix(block) + name
+    if len(sources) == 1:
+        writer.copy(target, reader, *sources)
+    elif name == NORM and norm == "folded":
+        writer.add(target, torch.ones(reader.shape(sources[0])))
+    elif name == NORM:
+        writer.copy(target, reader, sources[-1])
+    elif name == DOWN:
+        writer.add_rows(target, _side_by_side(reader, sources))
+    elif norm == "folded":
+        norms = [block_prefix(index) + NORM for index in range(span[0], span[1] + 1)]
+        writer.add_rows(target, _folded_rows(reader, sources, norms, writer.dtype))
+    else:
+        writer.copy(target, reader, *sources)
 
 
-def _concatenated(reader: TensorReader, span: Group, name: str, *, folded: bool) -> Tensor:
-    """The members' gate or up [channels, hidden] stacked, or their down [hidden, channels] side by side."""
-    dim = 1 if name == DOWN else 0
-    prefixes = [block_prefix(index) for index in range(span[0], span[1] + 1)]
-    shapes = [reader.shape(prefix + name) for prefix in prefixes]
-    widths = [shape[dim] for shape in shapes]
-    shape = list(shapes[0])
-    shape[dim] = sum(widths)
-    # Filled member by member: torch.cat would hold all members besides.
-    fused = torch.empty(shape, dtype=reader.dtype(prefixes[0] + name))
-    for prefix, channels in zip(prefixes, fused.split(widths, dim=dim), strict=True):
-        weight = reader.read(prefix + name)
-        channels.copy_(fold_scale(weight, reader.read(prefix + NORM)) if folded else weight)
-    return fused
+def _folded_rows(
+    reader: TensorReader, sources: Sequence[str], norms: Sequence[str], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Rows of the members' gate or up projections [channels, hidden], each with its norm's scale in its columns."""
+    for source, norm in zip(sources, norms, strict=True):
+        scale = reader.read(norm)
+        for rows in reader.row_chunks(source):
+            yield fold_scale(rows, scale, dtype)
+
+
+def _side_by_side(reader: TensorReader, sources: Sequence[str]) -> Iterator[Tensor]:
+    """Rows of the members' down projections [hidden, channels], beside each other."""
+    hidden_dim = reader.shape(sources[0])[0]
+    row_bytes = sum(reader.shape(source)[1] * reader.dtype(source).itemsize for source in sources)
+    for rows in row_ranges(hidden_dim, row_bytes):
+        yield torch.cat([reader.rows(source, rows.start, rows.stop) for source in sources], dim=1)
 
 
 def _check_tensors(reader: TensorReader, architecture: Architecture) -> None:
@@ -118,3 +132,5 @@ def _check_tensors(reader: TensorReader, architecture: Architecture) -> None:
             stored == shape,
             f"{reader.directory}: {name} is {list(stored)}, config.json says {list(shape)}; make the model anew",
         )
+        # Quantised weights are refused here, before anything is written.
+        reader.dtype(name)

@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fusion.fuse import DOWN, GATE, NORM, UP, Norm
+from fusion.config import Norm
+from fusion.fuse import DOWN, GATE, NORM, UP
 from fusion.grouping import Group, block_spans
-from puzzle.model.checkpoint import TensorReader, read_architecture
+from puzzle.model.checkpoint import read_architecture
 from puzzle.model.tensor_layout import block_prefix
+from puzzle.model.tensor_reader import TensorReader
 
 FP32_TOLERANCE = 1e-5
 """Relative; sums of some 10,000 fp32 products taken in another order differ by about 1e-6."""
 
-_CHUNK_CHANNELS = 16_384
-"""FFN channels that are cast and multiplied at once, so that a fused FFN of any width is verified in bounded memory."""
+_CHUNK_BYTES = 16 * 2**20
+"""Of a projection that is cast and multiplied at once."""
+_DTYPES = (torch.float32, torch.float64)
+"""What both sides are computed in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ def verify_fusion(
     """Compare every fused FFN with the parallel sum of its members on random inputs.
 
     The members come from the unfused checkpoint, each behind its own norm ("folded") or all behind the last member's
-    ("last"). Weights are read tensor by tensor; no arithmetic of fusion.fuse takes part.
+    ("last"). Weights are read in chunks of rows: memory is a few vectors of [num_tokens, channels of the widest fused
+    FFN], never a projection. No arithmetic of fusion.fuse takes part.
 
     Args:
         model_dir: checkpoint before fusion.
@@ -66,18 +71,12 @@ def verify_fusion(
         for first, last in tqdm(groups, desc="verify fusion", unit="group", leave=False):
             block = spans.index((first, last))
             hidden = torch.randn(num_tokens, architecture.hidden_dim, generator=generator, dtype=torch.float64)
-            errors = {}
-            for dtype in (torch.float32, torch.float64):
-                inputs = hidden.to(dtype)
-                expected = _parallel_sum(unfused, (first, last), inputs, norm=norm, eps=architecture.norm_eps)
-                actual = _ffn_update(fused, block, inputs, norm_block=block, eps=architecture.norm_eps)
-                errors[dtype] = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+            inputs = [hidden.to(dtype) for dtype in _DTYPES]
+            expected = _parallel_sum(unfused, (first, last), inputs, norm=norm, eps=architecture.norm_eps)
+            actual = _ffn_update(fused, block, inputs, norm_block=block, eps=architecture.norm_eps)
+            fp32, fp64 = map(_largest_error, actual, expected)
             result = GroupErrors(
-                first=first,
-                last=last,
-                block=block,
-                max_relative_error_fp32=errors[torch.float32],
-                max_relative_error_fp64=errors[torch.float64],
+                first=first, last=last, block=block, max_relative_error_fp32=fp32, max_relative_error_fp64=fp64
             )
             _check(result, tolerance(norm, fused.dtype(block_prefix(block) + GATE)))
             results.append(result)
@@ -104,23 +103,40 @@ def _check(result: GroupErrors, allowed: float) -> None:
         )
 
 
-def _parallel_sum(reader: TensorReader, group: Group, hidden: Tensor, *, norm: Norm, eps: float) -> Tensor:
-    """Sum over the members of ``group`` of FFN(norm(hidden)), all of the same hidden [tokens, hidden]."""
+def _largest_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+def _parallel_sum(
+    reader: TensorReader, group: Group, inputs: Sequence[Tensor], *, norm: Norm, eps: float
+) -> list[Tensor]:
+    """Sum over the members of ``group`` of FFN(norm(hidden)), for every hidden [tokens, hidden] of ``inputs``."""
     first, last = group
-    total = torch.zeros_like(hidden)
+    totals = [torch.zeros_like(hidden) for hidden in inputs]
     for member in range(first, last + 1):
-        total += _ffn_update(reader, member, hidden, norm_block=member if norm == "folded" else last, eps=eps)
-    return total
+        updates = _ffn_update(reader, member, inputs, norm_block=member if norm == "folded" else last, eps=eps)
+        for total, update in zip(totals, updates, strict=True):
+            total += update
+    return totals
 
 
-def _ffn_update(reader: TensorReader, block: int, hidden: Tensor, *, norm_block: int, eps: float) -> Tensor:
-    """FFN(norm(hidden)) of ``block`` behind the norm of ``norm_block``, in the data type of hidden [tokens, hidden]."""
-    scale = reader.read(block_prefix(norm_block) + NORM).to(hidden.dtype)
-    normed = F.rms_norm(hidden, (hidden.shape[-1],), scale, eps)
-    gate, up, down = (reader.read(block_prefix(block) + name) for name in (GATE, UP, DOWN))
-    update = torch.zeros_like(hidden)
-    for start in range(0, gate.shape[0], _CHUNK_CHANNELS):
-        chunk = slice(start, start + _CHUNK_CHANNELS)
-        channels = F.silu(F.linear(normed, gate[chunk].to(hidden.dtype))) * F.linear(normed, up[chunk].to(hidden.dtype))
-        update += F.linear(channels, down[:, chunk].to(hidden.dtype))
-    return update
+def _ffn_update(
+    reader: TensorReader, block: int, inputs: Sequence[Tensor], *, norm_block: int, eps: float
+) -> list[Tensor]:
+    """FFN(norm(hidden)) of ``block`` behind the norm of ``norm_block``, for every hidden of ``inputs`` in its type."""
+    scale = reader.read(block_prefix(norm_block) + NORM)
+    normed = [F.rms_norm(hidden, (hidden.shape[-1],), scale.to(hidden.dtype), eps) for hidden in inputs]
+    prefix = block_prefix(block)
+    gates, ups = _project(reader, prefix + GATE, normed), _project(reader, prefix + UP, normed)
+    return _project(reader, prefix + DOWN, [F.silu(gate).mul_(up) for gate, up in zip(gates, ups, strict=True)])
+
+
+def _project(reader: TensorReader, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Every [tokens, in] of ``inputs`` through the projection [out, in] of tensor ``name``, which is read once."""
+    outputs = [each.new_empty(each.shape[0], reader.shape(name)[0]) for each in inputs]
+    start = 0
+    for rows in reader.row_chunks(name, _CHUNK_BYTES):
+        for each, output in zip(inputs, outputs, strict=True):
+            output[:, start : start + len(rows)] = F.linear(each, rows.to(each.dtype))
+        start += len(rows)
+    return outputs

@@ -39,6 +39,18 @@ TICK_SIZE = 11.0
 NUM_SERIES = sum(role.startswith("series-") for role in ROLES) - 1
 
 
+def stand_alone(svg: str) -> str:
+    """A figure of the report's page as a file of its own: on the light page's ground, in plain colours."""
+    svg = re.sub(r"var\(--[\w-]+, (#[0-9a-f]+)\)", r"\1", svg)
+    opening = re.match(r"<svg[^>]*>", svg)
+    assert opening is not None
+    spaces = ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    ground = f'<rect width="100%" height="100%" fill="{ROLES["panel"]}"/>'
+    # Viewers outside of a browser follow the old spelling of references alone.
+    content = svg[opening.end() :].replace(" href=", " xlink:href=")
+    return opening.group().replace("<svg", "<svg" + spaces, 1) + ground + content
+
+
 def series_role(index: int) -> str:
     """Role of the ``index``-th part of a whole."""
     return f"series-{1 + index % NUM_SERIES}"

@@ -25,7 +25,14 @@ from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
 
 if TYPE_CHECKING:
-    from launch.registry import BenchmarkStage, ImportParentStage, MeasureCostsStage, PrepareDataStage, SearchStage
+    from launch.registry import (
+        BenchmarkStage,
+        ImportParentStage,
+        MeasureCostsStage,
+        PrepareDataStage,
+        ScoreGroupsStage,
+        SearchStage,
+    )
 
 FULL_HASH_BYTES = 64 * 2**20
 """Files up to this size are hashed whole; hashing a 405B checkpoint before every run would take an hour."""
@@ -54,7 +61,7 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
     return {"sources": [_text_source(source) for source in config.data.sources]}
 
 
-def hardware(config: MeasureCostsStage | BenchmarkStage) -> dict[str, Any]:
+def hardware(config: MeasureCostsStage | BenchmarkStage | ScoreGroupsStage) -> dict[str, Any]:
     """The device that latencies are measured on, and the torch that runs there.
 
     Nothing for costs that are computed from the rates of a named device: they are the same wherever that happens.

@@ -201,23 +201,47 @@ def recovery_curves(curves: Sequence[RecoveryCurve], *, levels: Mapping[str, flo
     return to_svg(figure, name)
 
 
-def dependency_matrix(matrix: Sequence[Sequence[float | None]]) -> str:
-    """Dependency of block j (column) on block i (row), log scale (FFN Fusion, fig. 3); None stays empty."""
+def dependency_matrix(matrix: Sequence[Sequence[float | None]], attention_free: Sequence[bool] = ()) -> str:
+    """Dependency of block j (column) on block i (row), log scale (FFN Fusion, fig. 3); None stays empty.
+
+    Args:
+        matrix: cosine distances, ``[num_blocks][num_blocks]``.
+        attention_free: blocks whose runs are outlined, two neighbours at least; empty: none.
+    """
     figure, axes = new_figure(width=520, height=440, grid=False)
     image = heat_map(
         axes, np.array(matrix, dtype=float), low=LOWEST_DEPENDENCY, high=HIGHEST_DEPENDENCY, aspect="equal"
     )
+    _outline_runs(axes, attention_free)
     axes.set_xlabel("measured block j")
-    axes.set_ylabel("removed block i")
+    axes.set_ylabel("removed block i", labelpad=8)
     for axis in (axes.xaxis, axes.yaxis):
         block_ticks(axis, len(matrix))
     ticks = {2.0**-power: f"2⁻{'⁰¹²³⁴⁵⁶⁷⁸⁹'[power]}" for power in range(9, 0, -2)}
+    ticks[LOWEST_DEPENDENCY] = f"≤ {ticks[LOWEST_DEPENDENCY]}"
+    ticks[HIGHEST_DEPENDENCY] = f"≥ {ticks[HIGHEST_DEPENDENCY]}"
     colour_bar(figure, image, axes, "cosine distance", ticks)
     return to_svg(figure, "dependency matrix")
 
 
+def _outline_runs(axes: Axes, attention_free: Sequence[bool]) -> None:
+    """The part of the matrix within every run, named below the diagonal where the run is longer than a label high."""
+    pixels_per_block = axes.get_window_extent().height / max(len(attention_free), 1)
+    for is_free, run in itertools.groupby(range(len(attention_free)), key=attention_free.__getitem__):
+        first, *others = run
+        if not is_free or not others:
+            continue
+        start, stop = first - 0.5, others[-1] + 0.5
+        axes.plot([start, stop, stop, start], [start, start, stop, start], color=ROLES["series-2"], lw=1.8)
+        if (stop - start) * pixels_per_block >= LINE_HEIGHT:
+            middle = (start + stop) / 2
+            name = f"{first}-{others[-1]}"
+            label = axes.annotate(name, (middle, middle), xytext=(-8, -3), textcoords="offset points")
+            label.set(color=ROLES["series-2"], fontsize=FONT_SIZE, ha="right", va="top")
+
+
 def direction_change(distance: Sequence[float], ratio: Sequence[float], attention_free: Sequence[bool]) -> str:
-    """How far every block turns the hidden state, and how much it adds to it (FFN Fusion, section 5.5).
+    """How far every block f turns its input X, and how much h(X) = f(X) - X it adds (FFN Fusion, section 5.5).
 
     Args:
         distance: cosine distance between input and output, per block.
@@ -226,7 +250,8 @@ def direction_change(distance: Sequence[float], ratio: Sequence[float], attentio
     """
     figure, rows = new_figure(width=520, height=440, rows=2)
     groups = ((False, "series-1", "with attention"), (True, "series-2", "attention-free"))
-    for axes, values, label in zip(rows, (distance, ratio), ("cosine distance", "ratio of norms"), strict=True):
+    labels = "cosine distance of X to f(X)", "‖h(X)‖ / ‖X‖"
+    for axes, values, label in zip(rows, (distance, ratio), labels, strict=True):
         axes.plot(range(len(values)), values, color=ROLES["series-1"], lw=1.4)
         for is_free, role, name in groups:
             blocks = [block for block, free in enumerate(attention_free) if free == is_free]

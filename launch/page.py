@@ -126,10 +126,11 @@ def _dependency(run: FinishedRun) -> Iterator[Picture]:
     measured = read_json(artifact.path / "dependency.json")
     model = run.input_of(artifact, "model")
     assert model is not None, "every input of a pipeline's step is a step"
+    attention_free = [block.is_attention_free for block in read_architecture(model).blocks]
     yield picture(
         "Block dependency",
         "How much what block j adds changes when block i is removed. Dark: j does not need i, and may run beside it.",
-        figures.dependency_matrix(measured["matrix"]),
+        figures.dependency_matrix(measured["matrix"], attention_free),
     )
     yield picture(
         "Direction change",
@@ -138,7 +139,7 @@ def _dependency(run: FinishedRun) -> Iterator[Picture]:
         figures.direction_change(
             [block["direction_change"] for block in measured["blocks"]],
             [block["contribution_ratio"] for block in measured["blocks"]],
-            [block.is_attention_free for block in read_architecture(model).blocks],
+            attention_free,
         ),
     )
 

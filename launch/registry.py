@@ -21,7 +21,13 @@ from distill.config import (
     TrainConfig,
     require,
 )
-from fusion.config import DependencyConfig, FuseConfig
+from fusion.config import (
+    DependencyConfig,
+    FuseConfig,
+    GroupDistillationConfig,
+    GroupScoreConfig,
+    ParallelizeConfig,
+)
 from launch.stage import StageBody
 from puzzle.config import (
     AdditivityConfig,
@@ -161,10 +167,72 @@ class MeasureDependencyStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreGroupsStage:
+    """Configuration of stage score_groups."""
+
+    group_scores: GroupScoreConfig
+    workload: WorkloadConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class FuseStage:
     """Configuration of stage fuse."""
 
     fuse: FuseConfig
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require_fusion_inputs(self.fuse, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillGroupsStage:
+    """Configuration of stage distill_groups."""
+
+    group_distillation: GroupDistillationConfig
+    fuse: FuseConfig
+    """Chooses the groups, where the input `fused` does not name them."""
+    engine: EngineConfig
+    seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        if "fused" not in names:
+            require_fusion_inputs(self.fuse, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelizeBlocksStage:
+    """Configuration of stage parallelize_blocks."""
+
+    parallelize: ParallelizeConfig
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            self.parallelize.windows is not None or "dependency" in names,
+            "the greedy choice of windows goes by the input `dependency` (stage measure_dependency); name one, or set "
+            "parallelize.windows",
+        )
+
+
+def require_fusion_inputs(fuse: FuseConfig, names: Collection[str]) -> None:
+    """Raise ``ValueError`` where the choice of groups needs a measurement that is not among the inputs ``names``."""
+    require(
+        fuse.max_dependency is None or "dependency" in names,
+        f"fuse.max_dependency={fuse.max_dependency} needs the input `dependency` (stage measure_dependency); name one, "
+        "or set it to null",
+    )
+    needs_scores = {
+        "choose=most_gain": fuse.choose == "most_gain",
+        "treatment=remove": fuse.treatment == "remove",
+    }
+    for setting, needed in needs_scores.items():
+        require(
+            not needed or "group_scores" in names,
+            f"fuse.{setting} needs the input `group_scores` (stage score_groups); name one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,10 +408,34 @@ STAGES: dict[str, Stage] = {
         body="launch.stages.measure_dependency:run",
         inputs={"model": "model", "data": "data"},
         output="dependency",
+        version=2,
+        distributed=True,
+    ),
+    "score_groups": Stage(
+        config=ScoreGroupsStage,
+        body="launch.stages.score_groups:run",
+        inputs={"model": "model", "data": "data"},
+        output="group_scores",
+        externals="launch.externals:hardware",
     ),
     "fuse": Stage(
         config=FuseStage,
         body="launch.stages.fuse:run",
+        inputs={"model": "model"},
+        optional_inputs={"dependency": "dependency", "group_scores": "group_scores"},
+        output="model",
+        version=2,
+    ),
+    "distill_groups": Stage(
+        config=DistillGroupsStage,
+        body="launch.stages.distill_groups:run",
+        inputs={"model": "model", "data": "data"},
+        optional_inputs={"fused": "model", "dependency": "dependency", "group_scores": "group_scores"},
+        output="model",
+    ),
+    "parallelize_blocks": Stage(
+        config=ParallelizeBlocksStage,
+        body="launch.stages.parallelize_blocks:run",
         inputs={"model": "model"},
         optional_inputs={"dependency": "dependency"},
         output="model",

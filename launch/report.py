@@ -111,11 +111,13 @@ def _distilled(models: Mapping[str, Mapping[str, Any]]) -> str | None:
 def _evidence(run: FinishedRun, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     parent, final = read_architecture(run.parent), read_architecture(run.final)
     fusion = run.document("fuse", "fusion.json") or {}
+    # A control's blocks may stand for removed ones.
+    is_fused = fusion.get("treatment", "fuse") == "fuse"
     data = run.document("prepare_data", "data.json") or {}
     distilled = _distilled(models)
     return {
         "num_attentions_removed": num_attentions(parent) - num_attentions(final),
-        "num_ffn_runs_fused": sum(len(block.parent_block_indices) > 1 for block in final.blocks),
+        "num_ffn_runs_fused": sum(is_fused and len(block.parent_block_indices) > 1 for block in final.blocks),
         "fused_equals_parallel_sum_max_relative_error": fusion.get("verify", {}).get("max_relative_error_fp32"),
         "lm_loss_gap_closed_frac": models[distilled]["lm_loss_gap_closed_frac"] if distilled else None,
         "decode_latency_vs_parent": {

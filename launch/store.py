@@ -32,7 +32,7 @@ from launch.artifact import (
 from launch.provenance import provenance
 from launch.stage import Inputs, StageContext, StageResult
 
-TOKEN_LINE = ("student", "model", "library")
+TOKEN_LINE = ("student", "model", "fused", "library")
 """Inputs whose tokens an output inherits: the model, or the library, that this one was made from."""
 
 

@@ -12,19 +12,20 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import distributed, resume
 from distill.config import EngineConfig, OptimConfig, TrainConfig
-from distill.engine.base import micro_batch_size
+from distill.engine.base import TensorGroups, micro_batch_size
 from distill.metrics import Row, StepMeter
 from distill.optim import learning_rate
 from distill.tracking import Tracker
 from distill.trainer import FLUSH_EVERY_STEPS, BatchSource
 from puzzle.slices import ParentSlice, parent_activations
-from puzzle.trainees import HeldOut, Nmse, Trainees
+from puzzle.trainees import HeldOut, Nmse
 
 MAX_SAVING_FRAC = 0.1
 """Share of the time that resume points may take: the training state is several times the parent, a step is short."""
@@ -44,6 +45,8 @@ class BldSettings:
     held_out: Tensor
     """Token ids [num_sequences, seq] on which the error before and after is measured."""
     nmse: Nmse = "tensor"
+    lr_key: str = "library.optim.lr"
+    """Setting behind ``optim.lr``, to be named where training diverges."""
     learns: bool = True
     """False: errors are measured, weights stay those of the init."""
 
@@ -56,6 +59,28 @@ class BldSettings:
     def num_steps(self) -> int:
         """Optimizer steps of every replacement."""
         return self.train.num_steps if self.learns else 0
+
+
+class Learners(Protocol):
+    """What is trained side by side from one pass of a parent, each with an error of its own."""
+
+    parent: ParentSlice
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of :meth:`state_dict`."""
+
+    def step(self, input_ids: Tensor, *, lr: float, micro_batch: int) -> dict[str, Tensor]:
+        """One optimizer step on ``input_ids [batch, seq]``; metrics on the device."""
+
+    def held_out(self, sequences: Tensor, *, batch_size: int) -> list[HeldOut]:
+        """Errors of each over ``sequences [num_sequences, seq]``."""
+
+    def state_dict(self) -> TensorGroups:
+        """Weights and optimizer state."""
+
+    def load_state_dict(self, groups: TensorGroups) -> None:
+        """Undo of :meth:`state_dict`."""
 
 
 class GroupRun:
@@ -71,7 +96,7 @@ class GroupRun:
 
     def __init__(
         self,
-        trainees: Trainees,
+        trainees: Learners,
         settings: BldSettings,
         resume_dir: Path,
         tracker: Tracker | None,
@@ -149,7 +174,8 @@ class GroupRun:
     def _add(self, row: Row) -> None:
         if not all(map(math.isfinite, row.values())):
             raise ValueError(
-                f"BLD: no replacement has a finite error at {row['tokens']:,} tokens; lower library.optim.lr"
+                f"none of what learns here has a finite error at {row['tokens']:,} tokens; lower "
+                f"{self._settings.lr_key}, or look at the weights of the parent"
             )
         self.curve.append(row)
         if self._tracker is not None:

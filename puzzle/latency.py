@@ -133,8 +133,8 @@ def model_step(model: DeciLMForCausalLM, workload: WorkloadConfig, phase: Phase)
 
     def step() -> Tensor:
         hidden = model.model.embed(input_ids)
-        for block in model.model.layers:
-            hidden = block(hidden, **arguments)
+        for output in model.model.block_outputs(hidden, **arguments):
+            hidden = output
         return model.lm_head(model.model.norm(hidden[:, -1:]))
 
     return step

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.config import require
-from puzzle.model.architecture import NO_ATTENTION, Architecture, BlockConfig
+from puzzle.model.architecture import NO_ATTENTION, Architecture, BlockConfig, require_sequential
 from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.tensor_layout import EMBEDDING, tensor_shapes
@@ -35,8 +35,9 @@ def removable_attentions(
         keep_attention: blocks whose attention stays, in the notation of :func:`puzzle.space.block_indices`.
 
     Raises:
-        ValueError: fewer than ``num_attentions``, or ``keep_attention`` names no blocks.
+        ValueError: fewer than ``num_attentions``, ``keep_attention`` names no blocks, or some blocks run in parallel.
     """
+    require_sequential(architecture.parallel_windows, "prune_attention")
     keep_attention = tuple(keep_attention)
     kept = block_indices(keep_attention, architecture.num_blocks, name="prune_attention.keep_attention")
     removable = tuple(

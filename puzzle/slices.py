@@ -23,7 +23,7 @@ from distill import distributed
 from distill.config import EngineConfig, require
 from distill.engine.base import resolve_device, resolve_dtype
 from puzzle.blockwise import embed, precision
-from puzzle.model.architecture import Architecture
+from puzzle.model.architecture import Architecture, require_sequential
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 from puzzle.model.stats import block_params
@@ -68,7 +68,12 @@ class ParentSlice:
 
     @classmethod
     def whole(cls, model: DeciLMForCausalLM) -> ParentSlice:
-        """All of ``model`` in one process."""
+        """All of ``model`` in one process.
+
+        Raises:
+            ValueError: some of its blocks run in parallel.
+        """
+        require_sequential(model.config.parallel_windows, "this stage")
         num_blocks = len(model.model.layers)
         return cls(model=model, blocks=range(num_blocks), num_blocks=num_blocks)
 
@@ -133,8 +138,11 @@ def load_slice(directory: Path, engine: EngineConfig) -> ParentSlice:
     Every process of :func:`distill.distributed.together` has to call it; outside, it is the whole model.
 
     Raises:
-        ValueError: no checkpoint; the processes, blocks or CUDA devices are not enough for ``engine.slices``.
+        ValueError: no checkpoint, or one whose blocks run in parallel; the processes, blocks or CUDA devices are not
+            enough for ``engine.slices``.
     """
+    architecture = read_architecture(directory)
+    require_sequential(architecture.parallel_windows, "this stage")
     num_slices, world_size, rank = engine.slices, distributed.world_size(), distributed.rank()
     require(
         world_size % num_slices == 0,
@@ -147,7 +155,6 @@ def load_slice(directory: Path, engine: EngineConfig) -> ParentSlice:
         f"process {distributed.local_rank()} of this host has no CUDA device of its own, there are "
         f"{torch.cuda.device_count()}; start torchrun with --nproc-per-node {torch.cuda.device_count()}",
     )
-    architecture = read_architecture(directory)
     blocks = slice_blocks(architecture, num_slices)[rank % num_slices]
     return ParentSlice(
         model=load_model(directory, device=device, dtype=resolve_dtype(engine), blocks=blocks),

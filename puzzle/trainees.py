@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill.config import OptimConfig
-from distill.engine.base import TensorGroups
+from distill.engine.base import TensorGroups, expect_shapes
 from distill.optim import build_optimizer
 from puzzle.blockwise import build_block, precision
 from puzzle.library import Replacement
@@ -252,12 +252,9 @@ def weighted_errors(cases: Sequence[Case], weight: Tensor) -> Tensor:
 def _compile(num_replacements: int) -> Callable[..., Tensor]:
     """:func:`weighted_errors`, compiled anew for each set of shapes: blocks with the same variants share its code.
 
-    torch gives up on a function after a few shapes, and would go on without compiling. There are at most as many here
-    as replacements, each for a full and for a last micro-batch.
+    There are at most as many sets as replacements, each for a full and for a last micro-batch.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 2 * num_replacements)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * num_replacements)
+    expect_shapes(2 * num_replacements)
     return torch.compile(weighted_errors, dynamic=False)
 
 

@@ -67,8 +67,17 @@ def resolve_dtype(engine: EngineConfig) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[engine.precision]
 
 
+def expect_shapes(number: int) -> None:
+    """Have torch.compile accept ``number`` shapes of one function: after a few it would go on without compiling."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, number)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, number)
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a causal LM in place, one by one: equal blocks share their code, so this takes seconds."""
+    # At most one shape per block, for full and for last batches, under training and evaluation.
+    expect_shapes(4 * len(model.model.layers))
     for block in model.model.layers:
         block.compile(dynamic=False)
 

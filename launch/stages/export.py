@@ -27,7 +27,12 @@ def run(config: ExportStage, inputs: Inputs, context: StageContext) -> StageResu
     source = read_architecture(model_dir)
     kept = [index for index, block in enumerate(source.blocks) if not _is_dummy(block)]
     fill_ffns = "llama_cpp" in export.targets
-    exported = source.with_blocks(tuple(_exported(source.blocks[index], fill_ffns=fill_ffns) for index in kept))
+    exported = replace(
+        source,
+        blocks=tuple(_exported(source.blocks[index], fill_ffns=fill_ffns) for index in kept),
+        # A window has no dummies, so both its ends are kept.
+        parallel_windows=tuple((kept.index(first), kept.index(last)) for first, last in source.parallel_windows),
+    )
     reports = compatibility(exported)
     _require_targets(reports, export.targets)
 

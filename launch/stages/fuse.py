@@ -1,81 +1,225 @@
-"""Stage fuse: model -> model whose runs of attention-free FFNs are wide FFNs."""
+"""Stage fuse: model -> model whose runs of attention-free FFNs are wide FFNs, or one of the paper's two controls."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from distill.config import require
+from fusion.config import FuseConfig
+from fusion.controls import ffns_to_remove, removal_saved_ms, remove_ffns, reverse_groups
 from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from fusion.fuse import fuse_checkpoint
-from fusion.grouping import Matrix, format_groups, fusion_groups, largest_dependency
+from fusion.group_table import JSON_NAME as TABLE_NAME
+from fusion.group_table import GroupTable
+from fusion.grouping import (
+    Group,
+    Matrix,
+    block_spans,
+    format_groups,
+    fusion_groups,
+    group_width,
+    largest_dependency,
+    member_widths,
+)
 from fusion.verify import GroupErrors, verify_fusion
 from launch.artifact import require_made_from
 from launch.registry import FuseStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import copy_tokenizer, read_architecture
+from puzzle.model.checkpoint import TensorReader, copy_tokenizer, has_tokenizer, read_architecture
+from puzzle.model.tensor_layout import EMBEDDING
 
 FUSION_NAME = "fusion.json"
+DURATIONS = {"decode": "per decoded token", "prefill": "of prefill", "request": "per request"}
+"""What a latency of ``fuse.latency`` is the time of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured on the unfused model before."""
+
+    matrix: Matrix | None
+    """Dependency matrix."""
+    table: GroupTable | None
+    """Scores of its groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treated:
+    """The model that the stage wrote."""
+
+    architecture: Architecture
+    removed: tuple[int, ...] = ()
+    """Blocks of the unfused model that are gone, the cheapest first."""
+    errors: tuple[GroupErrors, ...] = ()
+    """Of every fused FFN."""
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """Largest error of any fused FFN; empty where nothing was fused."""
+        names = ("max_relative_error_fp32", "max_relative_error_fp64") if self.errors else ()
+        return {name: max(getattr(error, name) for error in self.errors) for name in names}
 
 
 def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult:
-    """Choose the groups, fuse them and verify every fused FFN; ``fusion.json`` beside the model says what was done."""
+    """Choose the groups, fuse them and verify every fused FFN, or reverse them, or remove FFNs of them.
+
+    ``fusion.json`` beside the model says what was done.
+    """
     model_dir = inputs["model"].path
-    norm = config.fuse.norm
-    matrix = None
-    if "dependency" in inputs:
-        require_made_from(inputs["dependency"], "model", inputs["model"], what="dependency matrix")
-        matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
     unfused = read_architecture(model_dir)
-    groups = fusion_groups(unfused, config.fuse, matrix)
-
+    require(has_tokenizer(model_dir), f"{model_dir} has no tokenizer, and the fused model needs one; import it anew")
+    found = measured(inputs)
+    with TensorReader(model_dir) as reader:
+        itemsize = reader.dtype(EMBEDDING).itemsize
+    groups = fusion_groups(unfused, config.fuse, found.matrix, found.table, itemsize=itemsize)
+    treated = _treat(config.fuse, model_dir, context.out, groups, found)
     copy_tokenizer(model_dir, context.out)
-    fused = fuse_checkpoint(model_dir, context.out, groups, norm)
-    errors = verify_fusion(model_dir, context.out, groups, norm)
 
-    worst = {
-        name: max(getattr(error, name) for error in errors)
-        for name in ("max_relative_error_fp32", "max_relative_error_fp64")
+    records = _records(config.fuse, unfused, groups, found)
+    content = {
+        "groups": records,
+        "norm": config.fuse.norm,
+        "treatment": config.fuse.treatment,
+        "latency": config.fuse.latency,
+        "removed": list(treated.removed),
+        "verify": {**treated.worst, "groups": [asdict(error) for error in treated.errors]} if treated.errors else {},
     }
-    records = [_record(fused, error, matrix) for error in errors]
-    content = {"groups": records, "norm": norm, "verify": {**worst, "groups": [asdict(error) for error in errors]}}
     (context.out / FUSION_NAME).write_text(json.dumps(content, indent=1) + "\n")
     return StageResult(
-        headline=_headline(unfused, fused, errors, records),
+        headline=_headline(config.fuse, unfused, treated, records, found.table),
         metrics={
             "num_blocks_before": unfused.num_blocks,
-            "num_blocks": fused.num_blocks,
-            "num_fused_ffns": len(groups),
+            "num_blocks": treated.architecture.num_blocks,
+            "treatment": config.fuse.treatment,
+            "num_fused_ffns": len(treated.errors),
+            "removed": list(treated.removed),
             "groups": records,
-            **worst,
+            "kld_sum": _sum(records, "kld"),
+            "saved_ms": _sum(records, "saved_ms"),
+            **treated.worst,
         },
     )
 
 
-def _record(fused: Architecture, group: GroupErrors, matrix: Matrix | None) -> dict[str, Any]:
-    block = fused.blocks[group.block]
-    return {
-        "first": group.first,
-        "last": group.last,
-        "parent_block_indices": list(block.parent_block_indices),
-        "ffn_dim": block.ffn.ffn_dim,
-        "largest_dependency": largest_dependency(matrix, (group.first, group.last)) if matrix else None,
-    }
+def measured(inputs: Inputs) -> Measured:
+    """Dependency matrix and group scores, where given.
+
+    Raises:
+        ValueError: one of them is of another model.
+    """
+    matrix = table = None
+    if "dependency" in inputs:
+        require_made_from(inputs["dependency"], "model", inputs["model"], what="dependency matrix")
+        matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
+    if "group_scores" in inputs:
+        require_made_from(inputs["group_scores"], "model", inputs["model"], what="table of group scores")
+        table = GroupTable.read(inputs["group_scores"].path / TABLE_NAME)
+    return Measured(matrix=matrix, table=table)
+
+
+def _treat(config: FuseConfig, model_dir: Path, out: Path, groups: Sequence[Group], measured: Measured) -> Treated:
+    if config.treatment == "reverse":
+        return Treated(architecture=reverse_groups(model_dir, out, groups))
+    if config.treatment == "remove":
+        table = measured.table
+        assert table is not None
+        removed = ffns_to_remove(read_architecture(model_dir), groups, table, config)
+        return Treated(architecture=remove_ffns(model_dir, out, removed), removed=removed)
+    fused = fuse_checkpoint(model_dir, out, groups, config.norm)
+    return Treated(architecture=fused, errors=verify_fusion(model_dir, out, groups, config.norm))
+
+
+def _records(
+    config: FuseConfig, unfused: Architecture, groups: Sequence[Group], measured: Measured
+) -> list[dict[str, Any]]:
+    """What is known of every group, null where it was not measured."""
+    spans = block_spans(unfused.num_blocks, groups)
+    klds = {(score.first, score.last): score.kld for score in (measured.table.groups if measured.table else ())}
+    return [
+        {
+            "first": first,
+            "last": last,
+            "parent_block_indices": [
+                index for block in unfused.blocks[first : last + 1] for index in block.parent_block_indices
+            ],
+            "ffn_dim": group_width(unfused, (first, last)),
+            "block": spans.index((first, last)) if config.treatment == "fuse" else None,
+            "largest_dependency": largest_dependency(measured.matrix, (first, last)) if measured.matrix else None,
+            "kld": klds.get((first, last)),
+            "saved_ms": _saved_ms(config, unfused, (first, last), measured.table),
+        }
+        for first, last in groups
+    ]
+
+
+def _saved_ms(config: FuseConfig, unfused: Architecture, group: Group, table: GroupTable | None) -> float | None:
+    """None where no FFN as wide as the fused one was timed."""
+    if table is None or group_width(unfused, group) > table.latencies[-1].ffn_dim:
+        return None
+    return table.saved_ms(member_widths(unfused, group), config.latency)
+
+
+def _sum(records: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [record[name] for record in records]
+    return None if None in values else sum(values)
 
 
 def _headline(
-    unfused: Architecture, fused: Architecture, errors: tuple[GroupErrors, ...], records: Sequence[Mapping[str, Any]]
+    config: FuseConfig,
+    unfused: Architecture,
+    treated: Treated,
+    records: Sequence[dict[str, Any]],
+    table: GroupTable | None,
 ) -> str:
-    num_members = sum(error.last - error.first + 1 for error in errors)
-    members = format_groups([(error.first, error.last) for error in errors])
-    widths = sorted({fused.blocks[error.block].ffn.ffn_dim or 0 for error in errors}, reverse=True)
-    worst = max(error.max_relative_error_fp32 for error in errors)
+    depth = f"{unfused.num_blocks} -> {treated.architecture.num_blocks} blocks"
+    if config.treatment == "remove":
+        assert table is not None
+        return f"{_removal(config, unfused, treated, records, table)}; {depth}"
+    num_members = sum(record["last"] - record["first"] + 1 for record in records)
+    members = format_groups([(record["first"], record["last"]) for record in records])
+    if config.treatment == "reverse":
+        return f"order of {num_members} FFNs reversed within blocks {members}; nothing fused"
     dependencies = [record["largest_dependency"] for record in records if record["largest_dependency"] is not None]
     dependency = f", dependency up to {max(dependencies):.2g}" if dependencies else ""
+    widths = sorted({record["ffn_dim"] for record in records}, reverse=True)
+    return "; ".join(
+        [
+            f"{num_members} FFNs -> {len(records)} fused (blocks {members}{dependency}), "
+            f"width {' and '.join(map(str, widths))}",
+            *_gain_and_cost(config, records),
+            depth,
+            f"equal to the parallel sum to {treated.worst['max_relative_error_fp32']:.0e}",
+        ]
+    )
+
+
+def _gain_and_cost(config: FuseConfig, records: Sequence[dict[str, Any]]) -> list[str]:
+    """What the groups save and cost together, where that is known of all."""
+    saved_ms, kld = _sum(records, "saved_ms"), _sum(records, "kld")
+    saved = [] if saved_ms is None else [f"saves {saved_ms:.3g} ms {DURATIONS[config.latency]}"]
+    return saved + ([] if kld is None else [f"KLD of the groups one by one sums to {kld:.3g}"])
+
+
+def _removal(
+    config: FuseConfig,
+    unfused: Architecture,
+    treated: Treated,
+    records: Sequence[dict[str, Any]],
+    table: GroupTable,
+) -> str:
+    groups = [(record["first"], record["last"]) for record in records]
+    blocks = ", ".join(map(str, sorted(treated.removed)))
+    removed_ms = removal_saved_ms(unfused, treated.removed, table, config)
+    target_ms = _sum(records, "saved_ms")
+    fusing = "" if target_ms is None else f" where fusing {format_groups(groups)} would save {target_ms:.3g}"
+    num_members = sum(last - first + 1 for first, last in groups)
     return (
-        f"{num_members} FFNs -> {len(errors)} fused (blocks {members}{dependency}), "
-        f"width {' and '.join(map(str, widths))}; {unfused.num_blocks} -> {fused.num_blocks} blocks; "
-        f"equal to the parallel sum to {worst:.0e}"
+        f"{len(treated.removed)} of {num_members} FFNs removed (blocks {blocks}), "
+        f"{removed_ms:.3g} ms less {DURATIONS[config.latency]}{fusing}; "
+        f"KLD of the removals one by one sums to {sum(table.removal(index).kld for index in treated.removed):.3g}"
     )

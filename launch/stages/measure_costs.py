@@ -18,7 +18,7 @@ from puzzle.comparison import ComparedCost, compare, median_error, write_csv
 from puzzle.config import HardwareConfig, WorkloadConfig
 from puzzle.cost import measured_table, subblock_variants
 from puzzle.latency import cpu_threads, require_positions
-from puzzle.model.architecture import Architecture
+from puzzle.model.architecture import Architecture, require_sequential
 from puzzle.model.checkpoint import read_architecture
 from puzzle.model.hf_config import hf_config
 from puzzle.shard import Shard, Subblock
@@ -34,6 +34,7 @@ def run(config: MeasureCostsStage, inputs: Inputs, context: StageContext) -> Sta
     all-reduces; the rest is done by the first one, on its device alone.
     """
     parent, workload = read_architecture(inputs["parent"].path), config.workload
+    require_sequential(parent.parallel_windows, "measure_costs")
     require_positions(workload, parent, "parent")
     subblocks, shard = subblock_variants(parent, config.space), Shard(parent=parent, num_ranks=workload.tensor_parallel)
     for subblock in subblocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from puzzle.search_problem import (
     costs_of,
 )
 from puzzle.tables import CostFile, ScoreTable, parse_variant
+
+MODELLED_FUSE_SETTINGS = {"norm", "leave_last_out", "min_length", "latency", "tensor_parallel"}
+"""Settings of the later fusion that its cost in the search follows, or that do not change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ def _require_same_parent(inputs: Inputs) -> None:
 def _require_modelled(fuse: FuseConfig) -> None:
     """The fusion-aware cost merges whole runs; settings that split them would make it a wrong promise."""
     default = FuseConfig()
-    for name in ("max_ffn_dim", "max_dependency", "groups"):
+    for name in sorted({field.name for field in fields(FuseConfig)} - MODELLED_FUSE_SETTINGS):
         require(
             getattr(fuse, name) == getattr(default, name),
             f"fuse.{name}={getattr(fuse, name)} is not in the search's fusion-aware cost; set it for the fuse step "

@@ -7,8 +7,9 @@ before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from distill.config import RopeConfig, require
@@ -121,6 +122,9 @@ class Architecture:
     """The parent's own FFN width where it was zero-padded to the format's multiple."""
     token_ids: dict[str, int | list[int] | None] = field(default_factory=dict)
     """bos_token_id, eos_token_id, pad_token_id."""
+    parallel_windows: tuple[tuple[int, int], ...] = ()
+    """First and last block (inclusive) of every window whose blocks all read the window's input, in rising order. The
+    window's output is X + sum of f_i(X) - X over its blocks f_i (FFN Fusion, Appendix B)."""
 
     def __post_init__(self) -> None:
         require(len(self.blocks) > 0, "an architecture needs at least one block")
@@ -130,14 +134,26 @@ class Architecture:
                 heads is None or (0 < heads <= self.num_heads and self.num_heads % heads == 0),
                 f"block {index}: num_kv_heads={heads} must divide num_heads={self.num_heads}",
             )
+        _check_windows(self)
 
     @property
     def num_blocks(self) -> int:
         """Blocks, dummies included."""
         return len(self.blocks)
 
+    @property
+    def depth(self) -> int:
+        """Blocks that run one after another: a parallel window counts as one."""
+        return self.num_blocks - sum(last - first for first, last in self.parallel_windows)
+
     def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> Architecture:
-        """The same decoder with other blocks."""
+        """The same decoder with other blocks.
+
+        Raises:
+            ValueError: another number of blocks, where parallel windows count on the present one.
+        """
+        if len(blocks) != self.num_blocks:
+            require_sequential(self.parallel_windows, "a change of the number of blocks")
         return replace(self, blocks=blocks)
 
     def with_block(self, index: int, block: BlockConfig) -> Architecture:
@@ -166,3 +182,34 @@ def dense_blocks(num_blocks: int, num_kv_heads: int, ffn_dim: int) -> tuple[Bloc
         )
         for index in range(num_blocks)
     )
+
+
+def require_sequential(windows: Sequence[Sequence[int]], what: str) -> None:
+    """Raise ``ValueError`` where a model has parallel ``windows``, for ``what`` takes blocks one after another."""
+    spans = ", ".join(f"{first}-{last}" for first, last in windows)
+    require(
+        not windows,
+        f"{what} takes blocks one after another, and this model runs blocks {spans} in parallel; give it the model "
+        "from before stage parallelize_blocks",
+    )
+
+
+def _check_windows(architecture: Architecture) -> None:
+    windows, blocks = architecture.parallel_windows, architecture.blocks
+    for first, last in windows:
+        where = f"parallel window [{first}, {last}]"
+        require(
+            0 <= first < last < len(blocks),
+            f"{where} must name at least two blocks within 0..{len(blocks) - 1}, in rising order",
+        )
+        without = [index for index in range(first, last + 1) if blocks[index].attention.is_no_op]
+        require(
+            not without,
+            f"{where} has blocks without attention: {', '.join(map(str, without))}; stage fuse makes one wide FFN of "
+            "such blocks, a window is for blocks that attend",
+        )
+    for before, after in pairwise(windows):
+        require(
+            before[1] < after[0],
+            f"parallel windows {list(before)} and {list(after)} overlap or are out of order; a block is in one at most",
+        )

@@ -1,22 +1,21 @@
 """Model directories: a Hugging Face checkpoint in the nemotron-nas format, read and written tensor by tensor.
 
-Reading is lazy and writing flushes a shard when it is full, so that surgery on a model needs memory for one shard,
-never for the model. Nothing here is pickled.
+Reading is lazy and writing goes straight to a tensor's place in its shard, so that surgery on a model needs memory for
+what it computes, never for the model. Nothing here is pickled.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterable
+from itertools import chain
 from math import prod, sqrt
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -27,10 +26,11 @@ from puzzle.model.block_range import keep_blocks, tensor_places
 from puzzle.model.configuration_decilm import DeciLMConfig
 from puzzle.model.hf_config import MODEL_TYPE, TOKEN_ID_KEYS, architecture_from_config, hf_config
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
+from puzzle.model.shard_writer import ShardWriter
 from puzzle.model.tensor_layout import HEAD, tensor_shapes
+from puzzle.model.tensor_reader import INDEX_FILE, TensorReader, read_json, row_ranges
+from puzzle.model.tensor_reader import WEIGHTS_FILE as WEIGHTS_FILE
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 REMOTE_CODE_FILES = tuple(Path(str(module.__file__)) for module in (configuration_decilm, modeling_decilm))
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,16 +42,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
-"""Names in the header of a safetensors file."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -59,22 +49,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Object in a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON or holds no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -96,83 +75,12 @@ def read_architecture(directory: Path) -> Architecture:
         raise ValueError(f"{path}: {error}") from error
 
 
-class TensorReader:
-    """Tensors of a safetensors directory, single-file or sharded, one at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        """Look into the index and the header of a single file; no tensor is read.
-
-        Raises:
-            ValueError: there is no safetensors file, or a shard that the index names is missing or damaged.
-        """
-        self.directory = directory
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        if (directory / INDEX_FILE).is_file():
-            self._files: dict[str, str] = read_json(directory / INDEX_FILE)["weight_map"]
-            for file in sorted(set(self._files.values())):
-                require((directory / file).is_file(), f"{directory}: shard {file} that {INDEX_FILE} names is missing")
-        else:
-            found = (directory / WEIGHTS_FILE).is_file()
-            require(found, f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; expected one of them")
-            self._files = dict.fromkeys(self._handle(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._stack.close()
-
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                handle = safe_open(self.directory / file, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ValueError(f"{self.directory / file} is no readable safetensors file: {error}") from error
-            self._open[file] = self._stack.enter_context(handle)
-        return self._open[file]
-
-    def _locate(self, name: str) -> Any:
-        file = self._files.get(name)
-        require(file is not None, f"{self.directory} has no tensor {name!r}")
-        assert file is not None
-        handle = self._handle(file)
-        require(name in handle.keys(), f"{self.directory / file} lacks the tensor {name!r} that the index places there")  # noqa: SIM118
-        return handle
-
-    def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
-        return sorted(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor ``name``, from the header."""
-        return tuple(self._locate(name).get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Data type of tensor ``name``, from the header.
-
-        Raises:
-            ValueError: the weights are quantised.
-        """
-        stored = self._locate(name).get_slice(name).get_dtype()
-        require(stored in DTYPES, f"{self.directory}: {name} is stored as {stored}, not as one of {', '.join(DTYPES)}")
-        return DTYPES[stored]
-
-    def read(self, name: str) -> Tensor:
-        """Tensor ``name`` on the CPU, in its stored data type.
-
-        Raises:
-            ValueError: there is no such tensor.
-        """
-        return self._locate(name).get_tensor(name)
-
-
 class CheckpointWriter:
-    """A model directory that is written tensor by tensor, in any order. Use it as a context manager."""
+    """A model directory that is written tensor by tensor, in any order. Use it as a context manager.
+
+    Nothing but the tensor at hand is in memory. Weight files have their final names, and ``config.json`` is there,
+    once everything is: a directory that a killed process leaves is not taken for a model.
+    """
 
     def __init__(
         self, directory: Path, architecture: Architecture, *, dtype: torch.dtype, max_shard_bytes: int = 4 * 1024**3
@@ -181,7 +89,7 @@ class CheckpointWriter:
 
         Args:
             dtype: data type of all stored tensors.
-            max_shard_bytes: a shard is written before it would grow beyond this, and bounds the memory that is used.
+            max_shard_bytes: of the tensors of one file; a larger tensor has a file of its own.
 
         Raises:
             ValueError: ``directory`` already holds weights.
@@ -191,12 +99,8 @@ class CheckpointWriter:
         self.directory = directory
         self.architecture = architecture
         self.dtype = dtype
-        self._max_shard_bytes = max_shard_bytes
         self._missing = tensor_shapes(architecture)
-        self._shard: dict[str, Tensor] = {}
-        self._shard_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards = ShardWriter(directory, self._missing, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -206,61 +110,73 @@ class CheckpointWriter:
             self.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a copy of ``tensor`` as the checkpoint's tensor ``name``, under the writer's data type.
+        """Write ``tensor`` as the checkpoint's tensor ``name``, in the writer's data type.
 
         Raises:
             ValueError: the architecture has no such tensor (or it was added before), or one of another shape.
         """
+        self._take(name, tuple(tensor.shape))
+        row_bytes = prod(tensor.shape[1:]) * self.dtype.itemsize
+        ranges = row_ranges(tensor.shape[0], row_bytes) if tensor.ndim else ()
+        pieces = (tensor[rows.start : rows.stop] for rows in ranges) if tensor.ndim else (tensor,)
+        self._shards.write(name, map(self._storable, pieces))
+
+    def add_rows(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Write tensor ``name`` from ``pieces``: runs of its rows, in order, so that it is never in memory as a whole.
+
+        Raises:
+            ValueError: the architecture has no such tensor, or it was added before.
+        """
+        self._take(name, None)
+        self._shards.write(name, map(self._storable, pieces))
+
+    def copy(self, name: str, reader: TensorReader, *sources: str) -> None:
+        """Write tensor ``name`` from ``sources`` of ``reader``, stacked along the first dimension; default: ``name``.
+
+        Of the same data type, their bytes are moved as they are.
+
+        Raises:
+            ValueError: the architecture has no such tensor (or it was added before), or one of another shape.
+        """
+        sources = sources or (name,)
+        shapes = [reader.shape(source) for source in sources]
+        assert len({shape[1:] for shape in shapes}) == 1, f"{name}: {sources} of shapes {shapes} cannot be stacked"
+        self._take(name, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+        if all(reader.dtype(source) == self.dtype for source in sources):
+            self._shards.copy(name, map(reader.place, sources))
+        else:
+            pieces = chain.from_iterable(reader.row_chunks(source) for source in sources)
+            self._shards.write(name, map(self._storable, pieces))
+
+    def _take(self, name: str, shape: tuple[int, ...] | None) -> None:
         require(name in self._missing, f"{self.directory}: {name!r} is not a tensor that the architecture still lacks")
-        expected = self._missing.pop(name)
-        shape = tuple(tensor.shape)
-        require(shape == expected, f"{self.directory}: {name!r} has shape {list(shape)}, expected {list(expected)}")
-        num_bytes = prod(shape) * self.dtype.itemsize
-        if self._shard and self._shard_bytes + num_bytes > self._max_shard_bytes:
-            self._flush()
-        # A copy, not a view: safetensors refuses tensors that share storage, and the caller may go on to change his.
-        copied = tensor.detach().to(device="cpu", dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._shard[name] = copied
-        self._shard_bytes += num_bytes
-        self._total_bytes += num_bytes
+        expected = self._missing[name]
+        found = expected if shape is None else shape
+        require(found == expected, f"{self.directory}: {name!r} has shape {list(found)}, expected {list(expected)}")
+        del self._missing[name]
 
-    def _part(self, index: int) -> Path:
-        return self.directory / f"model-{index:05d}.safetensors.part"
-
-    def _flush(self) -> None:
-        save_file(self._shard, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._shard))
-        self._shard, self._shard_bytes = {}, 0
+    def _storable(self, piece: Tensor) -> Tensor:
+        return piece.detach().to(device="cpu", dtype=self.dtype).contiguous()
 
     def close(self) -> None:
-        """Write the last shard, the index, the remote code and, last, the configuration.
+        """Name the weight files, write the remote code, the index and, last, the configuration.
 
         Raises:
             ValueError: tensors of the architecture are missing.
         """
         missing = sorted(self._missing)
         require(not missing, f"{self.directory}: {len(missing)} tensors were not written: {', '.join(missing[:4])}")
-        if self._shard:
-            self._flush()
-        if len(self._shards) == 1:
-            self._part(0).rename(self.directory / WEIGHTS_FILE)
-        else:
-            self._name_shards()
+        self._shards.finish()
         for path in REMOTE_CODE_FILES:
             shutil.copyfile(path, self.directory / path.name)
         token_ids = {key: value for key, value in self.architecture.token_ids.items() if value is not None}
         if token_ids:
             _write_json(self.directory / "generation_config.json", token_ids)
+        if len(self._shards.files) > 1:
+            metadata = {"total_size": self._shards.total_bytes}
+            index = {"metadata": metadata, "weight_map": dict(sorted(self._shards.weight_map.items()))}
+            _write_json(self.directory / INDEX_FILE, index)
         _write_json(self.directory / "config.json", hf_config(self.architecture, dtype_name(self.dtype)))
-
-    def _name_shards(self) -> None:
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            file = f"model-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            self._part(index).rename(self.directory / file)
-            weight_map |= dict.fromkeys(names, file)
-        index_content = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self.directory / INDEX_FILE, index_content)
 
 
 def _empty_model(architecture: Architecture, dtype: torch.dtype) -> DeciLMForCausalLM:

@@ -87,6 +87,11 @@ def _window_is_felt(architecture: Architecture) -> bool:
 LIMITATIONS: tuple[Limitation, ...] = (
     Limitation(
         targets=("vllm", "sglang", "llama_cpp", "mlx", "megatron"),
+        reason="blocks run in parallel windows, which is no part of the format: this reader would chain them",
+        applies=lambda model: len(model.parallel_windows) > 0,
+    ),
+    Limitation(
+        targets=("vllm", "sglang", "llama_cpp", "mlx", "megatron"),
         reason="queries and keys are normalised per head, which is no part of the format",
         applies=lambda model: model.qk_norm,
     ),

@@ -59,8 +59,9 @@ def _known(kind: type, values: dict[str, Any]) -> Any:
 class DeciLMConfig(PretrainedConfig):
     """Llama's configuration with one entry per block in place of one width and one KV head count.
 
-    ``qkv_bias``, ``qk_norm``, ``sliding_window`` and ``head_dim`` extend the format to Qwen and Mistral parents;
-    without them a configuration is exactly what other readers of nemotron-nas expect.
+    ``qkv_bias``, ``qk_norm``, ``sliding_window`` and ``head_dim`` extend the format to Qwen and Mistral parents,
+    ``parallel_windows`` (first and last block of each, inclusive) to blocks that read the same input; without them a
+    configuration is exactly what other readers of nemotron-nas expect.
     """
 
     model_type = "nemotron-nas"
@@ -88,6 +89,7 @@ class DeciLMConfig(PretrainedConfig):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         sliding_window: int | None = None,
+        parallel_windows: list[list[int]] | None = None,
         use_cache: bool = True,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -120,6 +122,7 @@ class DeciLMConfig(PretrainedConfig):
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
+        self.parallel_windows = [list(window) for window in parallel_windows or []]
         self.use_cache = use_cache
         # transformers moves rope_theta and rope_scaling into this attribute, and only where it already stands.
         self.rope_parameters: Any = dict(rope_parameters) if rope_parameters else None
@@ -166,4 +169,6 @@ class DeciLMConfig(PretrainedConfig):
             output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         if self.head_dim == self.hidden_size // self.num_attention_heads:
             output.pop("head_dim")
+        if not self.parallel_windows:
+            output.pop("parallel_windows")
         return output

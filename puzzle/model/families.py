@@ -16,7 +16,7 @@ from typing import Any, Literal
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from distill.config import require
-from puzzle.model.architecture import Architecture, dense_blocks, round_up_ffn_dim
+from puzzle.model.architecture import Architecture, dense_blocks, require_sequential, round_up_ffn_dim
 from puzzle.model.hf_config import MODEL_TYPE, TOKEN_ID_KEYS, hf_config, rope_from_config
 
 
@@ -104,8 +104,9 @@ def dense_config(architecture: Architecture, *, dtype: str) -> dict[str, Any]:
     engine reads that. The FFN width is the parent's own where it was padded.
 
     Raises:
-        ValueError: the blocks differ, or one of them lacks attention or SwiGLU FFN.
+        ValueError: the blocks differ, one of them lacks attention or SwiGLU FFN, or some run in parallel.
     """
+    require_sequential(architecture.parallel_windows, f"the {architecture.family} format")
     family = FAMILIES[architecture.family]
     num_kv_heads, ffn_dim = _dense_shape(architecture)
     ours = hf_config(architecture, dtype)

@@ -119,6 +119,7 @@ def _extensions(architecture: Architecture) -> dict[str, Any]:
         "model_family": (a.family, "llama"),
         "source_ffn_dim": (a.source_ffn_dim, None),
         "parent_block_indices": (parents, [[index] for index in range(a.num_blocks)]),
+        "parallel_windows": ([list(window) for window in a.parallel_windows], []),
     }
     return {key: value for key, (value, default) in keys_and_defaults.items() if value != default}
 
@@ -174,7 +175,17 @@ def _read(config: Mapping[str, Any]) -> Architecture:
         family=config.get("model_family", "llama"),
         source_ffn_dim=config.get("source_ffn_dim"),
         token_ids={key: config[key] for key in TOKEN_ID_KEYS if key in config},
+        parallel_windows=_parallel_windows(config.get("parallel_windows") or []),
     )
+
+
+def _parallel_windows(entries: Any) -> tuple[tuple[int, int], ...]:
+    windows = [entry for entry in entries if isinstance(entry, list | tuple) and len(entry) == 2]
+    require(
+        len(windows) == len(entries) and all(isinstance(block, int) for window in windows for block in window),
+        f"config.json: parallel_windows={entries!r} must be a list of [first block, last block]",
+    )
+    return tuple((first, last) for first, last in windows)
 
 
 def _require_neutral(values: Mapping[str, Any], neutral: Mapping[str, Any], where: str) -> None:

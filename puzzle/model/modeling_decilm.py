@@ -7,6 +7,7 @@ cache and no cost. The KV cache is indexed by the ordinal of the attention, not 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -142,16 +143,17 @@ class DeciLMAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden.shape[:-1], -1))
 
 
-class DeciLMLinearAttention(nn.Module):
-    """One matrix in place of an attention (Puzzle, section 2)."""
+class DeciLMLinear(nn.Module):
+    """One matrix in place of an attention or an FFN (Puzzle, section 2); ``name`` is what the format calls it."""
 
-    def __init__(self, config: DeciLMConfig) -> None:
+    def __init__(self, config: DeciLMConfig, name: str) -> None:
         super().__init__()
-        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.name = name
+        self.register_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
     def forward(self, hidden: Tensor, *_: Any) -> Tensor:
         """``hidden [batch, seq, hidden]`` -> [batch, seq, hidden]; positions, mask and cache mean nothing here."""
-        return self.linear_attn(hidden)
+        return self.get_submodule(self.name)(hidden)
 
 
 class DeciLMMLP(nn.Module):
@@ -169,18 +171,6 @@ class DeciLMMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-class DeciLMLinearMLP(nn.Module):
-    """One matrix in place of an FFN (Puzzle, section 2)."""
-
-    def __init__(self, config: DeciLMConfig) -> None:
-        super().__init__()
-        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``hidden [batch, seq, hidden]`` -> [batch, seq, hidden]."""
-        return self.linear_mlp(hidden)
-
-
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One block. ``self_attn`` and ``mlp``, with their norms, are None where they are no-ops."""
 
@@ -188,17 +178,17 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         entry = config.block_configs[index]
         self.input_layernorm = None if entry.attention.no_op else DeciLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn: DeciLMAttention | DeciLMLinearAttention | None = None
+        self.self_attn: DeciLMAttention | DeciLMLinear | None = None
         if entry.attention.replace_with_linear:
-            self.self_attn = DeciLMLinearAttention(config)
+            self.self_attn = DeciLMLinear(config, "linear_attn")
         elif not entry.attention.no_op:
             self.self_attn = DeciLMAttention(config, index, cache_index)
         self.post_attention_layernorm = (
             None if entry.ffn.no_op else DeciLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         )
-        self.mlp: DeciLMMLP | DeciLMLinearMLP | None = None
+        self.mlp: DeciLMMLP | DeciLMLinear | None = None
         if entry.ffn.replace_with_linear:
-            self.mlp = DeciLMLinearMLP(config)
+            self.mlp = DeciLMLinear(config, "linear_mlp")
         elif not entry.ffn.no_op:
             self.mlp = DeciLMMLP(config, index)
 
@@ -236,13 +226,15 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: Rotation | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        stream: Tensor | None = None,
     ) -> Tensor:
-        """``hidden [batch, seq, hidden]`` -> [batch, seq, hidden], residuals included."""
+        """``hidden [batch, seq, hidden]`` -> [batch, seq, hidden]: ``stream`` (None: ``hidden``) plus both updates."""
         if self.has_attention:
-            hidden = hidden + self.attention_update(hidden, position_embeddings, attention_mask, past_key_values)
-        if self.has_ffn:
-            hidden = hidden + self.ffn_update(hidden)
-        return hidden
+            update = self.attention_update(hidden, position_embeddings, attention_mask, past_key_values)
+            hidden, stream = hidden + update, None if stream is None else stream + update
+            del update  # the FFN's activations are the peak of memory
+        stream = hidden if stream is None else stream
+        return stream + self.ffn_update(hidden) if self.has_ffn else stream
 
 
 class DeciLMPreTrainedModel(PreTrainedModel):
@@ -302,6 +294,19 @@ class DeciLMModel(DeciLMPreTrainedModel):
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + start)[None]
         return {"position_embeddings": self.rotary_emb(hidden, position_ids), "attention_mask": mask}
 
+    def block_outputs(self, hidden: Tensor, **inputs: Any) -> Iterator[Tensor]:
+        """The residual stream [batch, seq, hidden] after every block, from the first one's input ``hidden``.
+
+        The blocks f_i of a parallel window all read the window's input X; the stream is X + sum of f_i(X) - X over
+        those that have run (FFN Fusion, Appendix B). ``inputs`` are the further arguments of every block.
+        """
+        last_of, last, window_input = dict(self.config.parallel_windows), -1, hidden
+        for index, block in enumerate(self.layers):
+            if starts := index > last:
+                window_input, last = hidden, last_of.get(index, index)
+            hidden = block(window_input, stream=None if starts else hidden, **inputs)
+            yield hidden
+
     def new_cache(self) -> DynamicCache:
         """Empty KV cache with one layer per grouped-query attention."""
         cache = DynamicCache(config=self.config)
@@ -339,16 +344,11 @@ class DeciLMModel(DeciLMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         shared = self.attention_inputs(hidden, past_key_values, attention_mask, position_ids)
         states = [hidden]
-        for block in self.layers:
-            hidden = block(hidden, past_key_values=past_key_values, **shared)
-            if output_hidden_states:
-                states.append(hidden)
-        hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
-        )
+        for output in self.block_outputs(hidden, past_key_values=past_key_values, **shared):
+            states = [*states, output] if output_hidden_states else [output]
+        hidden = self.norm(states[-1])
+        every = (*states[:-1], hidden) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=every)
 
 
 class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from fusion import verify
 from fusion.fuse import fuse_checkpoint
 from fusion.verify import tolerance, verify_fusion
+from puzzle.model import tensor_reader
 
 BLOCKS = ((2, 256), (None, 256), (None, 512), (None, 256), (2, 256), (None, 256), (None, 256))
 GROUPS = ((1, 3), (5, 6))
@@ -49,10 +50,20 @@ def test_same_seed_same_errors(tmp_path, make_checkpoint):
     assert errors != other
 
 
-def test_wide_ffns_are_verified_chunk_by_chunk(tmp_path, make_checkpoint, monkeypatch):
-    monkeypatch.setattr(verify, "_CHUNK_CHANNELS", 100)
-    errors = fuse_and_verify(tmp_path, make_checkpoint, "last", torch.float32)
+def test_verification_reads_chunks_of_rows_only(tmp_path, make_checkpoint, monkeypatch):
+    sizes = []
+
+    def noted(stream, offset, tensor):
+        sizes.append(tensor.nbytes)
+        read_into(stream, offset, tensor)
+
+    read_into = tensor_reader.read_into
+    fuse_and_verify(tmp_path, make_checkpoint, "last", torch.float32)
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(tensor_reader, "read_into", noted)
+    errors = verify_fusion(tmp_path / "source", tmp_path / "out", GROUPS, "last")
     assert max(error.max_relative_error_fp64 for error in errors) < 1e-14
+    assert max(sizes) <= 5_000
 
 
 def test_fusion_with_the_other_norm_is_found_out(tmp_path, make_checkpoint):

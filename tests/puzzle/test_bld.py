@@ -340,5 +340,5 @@ def test_decoupled_then_coupled(
 def test_divergence_is_reported(
     tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings
 ) -> None:
-    with pytest.raises(ValueError, match=r"no replacement has a finite error .* lower library\.optim\.lr"):
+    with pytest.raises(ValueError, match=r"none of what learns here has a finite error .* lower library\.optim\.lr"):
         build(tmp_path, lively_parent_dir, space, replace(settings, optim=OptimConfig(lr=1e30)))
