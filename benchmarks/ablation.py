@@ -42,11 +42,13 @@ def write_results(out: Path | None, name: str, content: Mapping[str, Any], text:
         temporary.rename(out / f"{name}.{suffix}")
 
 
-def run(root: Path, name: str, steps: dict[str, StepConfig], overrides: list[str]) -> dict[str, Artifact]:
-    """Artifacts of all steps, planned as one pipeline before the first runs."""
+def run(
+    root: Path, name: str, steps: dict[str, StepConfig], overrides: list[str], *, is_fused_elsewhere: bool = False
+) -> dict[str, Artifact]:
+    """Artifacts of all steps, planned as one pipeline before the first runs (see :func:`launch.pipeline.plan`)."""
     pipeline = PipelineConfig(about=name, steps=steps)
     overrides = [*overrides, f"run.root={root}", f"run.name={name}"]
-    planned = plan(pipeline, overrides)
+    planned = plan(pipeline, overrides, is_fused_elsewhere=is_fused_elsewhere)
     store, directory, context = _places(root, name, overrides)
     with directory.held():
         return run_steps(planned, store=store, run=directory, context=context, listener=console.listener(len(planned)))

@@ -165,8 +165,10 @@ def main() -> None:
         iterative_removals=options.iterative_removals,
     )
     overrides = [*options.set, f"scores.num_sequences={options.sequences}"]
-    artifacts = run(options.root, "ablation", steps, overrides)
-    artifacts = run(options.root, "ablation", steps | judging_steps(artifacts, children), overrides)
+    # Only a solution says whether its child has anything to fuse, so the fusions are planned afterwards.
+    artifacts = run(options.root, "ablation", steps, overrides, is_fused_elsewhere=True)
+    steps |= judging_steps(artifacts, children)
+    artifacts = run(options.root, "ablation", steps, overrides, is_fused_elsewhere=True)
     results = list(rows(artifacts))
     parent_loss = json.loads((artifacts["evaluation"].path / "evaluate.json").read_text())["models"]["parent"][
         "lm_loss"
