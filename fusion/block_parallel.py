@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from distill.config import require
 from fusion.config import ParallelizeConfig, Span
 from fusion.grouping import Matrix
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer
-from puzzle.model.tensor_layout import EMBEDDING, tensor_shapes
+from puzzle.model.checkpoint import TensorReader, copy_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +88,13 @@ def parallelize_checkpoint(model_dir: Path, out_dir: Path, architecture: Archite
 
     The code that comes with the checkpoint is today's: what an earlier version has put beside the model may know no
     windows, and would run its blocks one after another.
+
+    Raises:
+        ValueError: tensors are missing, unknown, quantised or of another shape, or a shard is damaged; nothing is
+            written.
     """
-    with (
-        TensorReader(model_dir) as reader,
-        CheckpointWriter(out_dir, architecture, dtype=reader.dtype(EMBEDDING)) as writer,
-    ):
-        for name in tqdm(tensor_shapes(architecture), desc="copy", unit="tensor", leave=False):
-            writer.add(name, reader.read(name))
-    copy_tokenizer(model_dir, out_dir)
+    with TensorReader(model_dir) as reader:
+        copy_checkpoint(reader, out_dir, architecture)
 
 
 def _greedy(architecture: Architecture, config: ParallelizeConfig, matrix: Matrix) -> tuple[Window, ...]:

@@ -6,11 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config import PLACEMENT, OptimConfig, TrainConfig, require
+from puzzle.config import HardwareConfig
 
 Span = tuple[int, int]
 """First and last block, inclusive."""
 
 Norm = Literal["folded", "last"]
+"""What becomes of the members' norms, as in :attr:`FuseConfig.norm`."""
+
+Average = Literal["token", "sequence"]
+"""What a dependency is the mean over, as in :attr:`DependencyConfig.average`."""
+
+Latency = Literal["decode", "prefill", "request"]
+"""decode: one token; prefill: the prompt; request: the prompt and all generated tokens."""
 
 
 def _require_positive(node: str, config: object, *names: str) -> None:
@@ -29,7 +37,7 @@ class DependencyConfig:
     """Tokens per sequence."""
     batch_size: int = field(default=8, metadata=PLACEMENT)
     """Sequences per forward."""
-    average: Literal["token", "sequence"] = "token"
+    average: Average = "token"
     """token: the mean over tokens of each token's cosine distance; sequence: the mean over sequences of one cosine
     distance each, of all the tokens' contributions together, in which large ones weigh more. The paper names none."""
 
@@ -56,6 +64,8 @@ class GroupScoreConfig:
     repeats: int = 20
     """Timed rounds; the median counts."""
     warmup: int = 3
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """Models the all-reduce behind every FFN where workload.tensor_parallel is above 1; follows costs.hardware."""
 
     def __post_init__(self) -> None:
         _require_positive("group_scores", self, "seq_len", "batch_size", "repeats")
@@ -84,7 +94,7 @@ class FuseConfig:
     steps 1 to 3 of the paper's 49B ablation. null: as few groups as the bounds allow."""
     choose: Literal["fewest_blocks", "most_gain"] = "fewest_blocks"
     """most_gain: of all groups within the bounds those that save the most measured latency; needs group scores."""
-    latency: Literal["decode", "prefill", "request"] = "decode"
+    latency: Latency = "decode"
     """Latency that most_gain and an equal-latency removal go by."""
     max_ffn_dim: int | None = None
     """Widest fused FFN in channels; longer runs are split. null: no bound."""

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from distill.config import require
 from fusion.config import FuseConfig
 from fusion.group_table import GroupTable
 from fusion.grouping import Group, member_widths, validate_groups
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, read_architecture
-from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes
+from puzzle.model.checkpoint import TensorReader, copy_checkpoint, read_architecture
+from puzzle.model.tensor_layout import block_prefix, block_shapes, other_shapes
 
 
 def reverse_groups(model_dir: Path, out_dir: Path, groups: Sequence[Group]) -> Architecture:
@@ -99,18 +97,28 @@ def removal_saved_ms(
 def removed_architecture(architecture: Architecture, removed: Sequence[int]) -> Architecture:
     """``architecture`` without the blocks ``removed``.
 
-    The block before a removed one (after it, if there is none) stands for its parent blocks too, as if it did nothing,
-    so that every parent block is still stood for and distillation finds what each block's output corresponds to.
+    The block before a removed one (after it, if there is none) takes the place of its parent blocks too, with nothing
+    of them (``dropped_parent_indices``): every parent block is still stood for, distillation finds what each block's
+    output corresponds to, and no removed FFN passes for a fused one.
     """
     gone = set(removed)
     require(len(gone) < architecture.num_blocks, "fuse.treatment=remove leaves no block of the model; keep one")
     kept = [index for index in range(architecture.num_blocks) if index not in gone]
     parents: dict[int, tuple[int, ...]] = dict.fromkeys(kept, ())
+    dropped: dict[int, tuple[int, ...]] = dict.fromkeys(kept, ())
     for index, block in enumerate(architecture.blocks):
         heir = max((place for place in kept if place <= index), default=kept[0])
         parents[heir] += block.parent_block_indices
+        dropped[heir] += block.parent_block_indices if index in gone else block.dropped_parent_indices
     return architecture.with_blocks(
-        tuple(replace(architecture.blocks[index], parent_block_indices=parents[index]) for index in kept)
+        tuple(
+            replace(
+                architecture.blocks[index],
+                parent_block_indices=parents[index],
+                dropped_parent_indices=dropped[index],
+            )
+            for index in kept
+        )
     )
 
 
@@ -142,9 +150,4 @@ def _write_blocks(model_dir: Path, out_dir: Path, architecture: Architecture, so
     for index, (source, block) in enumerate(zip(sources, architecture.blocks, strict=True)):
         names |= {block_prefix(index) + name: block_prefix(source) + name for name in block_shapes(architecture, block)}
     with TensorReader(model_dir) as reader:
-        # A missing tensor is refused here, before anything is written.
-        for name in names.values():
-            reader.shape(name)
-        with CheckpointWriter(out_dir, architecture, dtype=reader.dtype(EMBEDDING)) as writer:
-            for target, name in tqdm(names.items(), desc="copy blocks", unit="tensor", leave=False):
-                writer.add(target, reader.read(name))
+        copy_checkpoint(reader, out_dir, architecture, names=names)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,13 @@ from tqdm.auto import tqdm
 from distill.config import require
 from distill.distributed import gather_objects, is_main
 from distill.engine.base import compile_blocks
+from fusion.config import Average
 from puzzle.blockwise import precision
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.slices import ParentSlice
 
 JSON_NAME = "dependency.json"
 MATRIX_NAME = "dependency.npy"
-
-Average = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.config import require
 from fusion.config import Norm
 from fusion.grouping import Group, block_spans, fused_architecture, validate_groups
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import CheckpointWriter, read_architecture
-from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes, tensor_shapes
+from puzzle.model.checkpoint import CheckpointWriter, check_tensors, read_architecture
+from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes
 from puzzle.model.tensor_reader import TensorReader, row_ranges
 
 NORM = "post_attention_layernorm.weight"
@@ -51,14 +50,15 @@ def fuse_checkpoint(model_dir: Path, out_dir: Path, groups: Sequence[Group], nor
         The architecture after fusion.
 
     Raises:
-        ValueError: the groups cannot be fused, or the tensors are not those of the configuration; nothing is written.
+        ValueError: the groups cannot be fused, weights are quantised, or the tensors are not those of the
+            configuration; nothing is written.
     """
     architecture = read_architecture(model_dir)
     validate_groups(architecture, groups)
     fused = fused_architecture(architecture, groups)
     spans = block_spans(architecture.num_blocks, groups)
     with TensorReader(model_dir) as reader:
-        _check_tensors(reader, architecture)
+        check_tensors(reader, architecture)
         with CheckpointWriter(out_dir, fused, dtype=reader.dtype(EMBEDDING)) as writer:
             for name in other_shapes(fused):
                 writer.copy(name, reader)
@@ -116,21 +116,3 @@ def _side_by_side(reader: TensorReader, sources: Sequence[str]) -> Iterator[Tens
     row_bytes = sum(reader.shape(source)[1] * reader.dtype(source).itemsize for source in sources)
     for rows in row_ranges(hidden_dim, row_bytes):
         yield torch.cat([reader.rows(source, rows.start, rows.stop) for source in sources], dim=1)
-
-
-def _check_tensors(reader: TensorReader, architecture: Architecture) -> None:
-    expected, names = tensor_shapes(architecture), set(reader.names())
-    lacking, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
-    require(
-        not lacking and not unknown,
-        f"{reader.directory} does not hold what its config.json describes: it lacks {lacking[:4]} and has "
-        f"{unknown[:4]} besides; make the model anew",
-    )
-    for name, shape in expected.items():
-        stored = reader.shape(name)
-        require(
-            stored == shape,
-            f"{reader.directory}: {name} is {list(stored)}, config.json says {list(shape)}; make the model anew",
-        )
-        # Quantised weights are refused here, before anything is written.
-        reader.dtype(name)

@@ -6,7 +6,7 @@ after it, by the normalised error of blockwise local distillation (Puzzle, arXiv
 
 - a fused FFN learns to output what its members output one after another;
 - the members of a group that is not fused yet learn to output the same when they all read the group's input, without
-  forgetting to do so one after another: the model stays as good as it is, and its fusion costs less.
+  forgetting to do so one after another: its fusion costs less, for what the second error of every group leaves.
 
 All groups learn from one pass of the unfused model per batch. No gradient crosses a group, so that memory holds the
 weights and the activations of one group, and what one group learns does not depend on the others.
@@ -23,7 +23,6 @@ from math import prod
 from pathlib import Path
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from distill import resume
 from distill.tracking import Tracker
@@ -33,8 +32,8 @@ from fusion.grouping import Group, block_spans, format_groups
 from puzzle.bld import TRAINING_BYTES_PER_PARAM, memory_budget
 from puzzle.group_training import BldSettings, GroupRun, run_together
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import WEIGHTS_FILE, CheckpointWriter, TensorReader, read_architecture
-from puzzle.model.tensor_layout import EMBEDDING, block_shapes, tensor_shapes
+from puzzle.model.checkpoint import WEIGHTS_FILE, TensorReader, check_tensors, copy_checkpoint, read_architecture
+from puzzle.model.tensor_layout import EMBEDDING, block_shapes
 from puzzle.slices import ParentSlice
 from puzzle.trainees import HeldOut, output_power
 
@@ -112,11 +111,14 @@ def distill_groups(
         One outcome per group, in rising order.
 
     Raises:
-        ValueError: no group has a finite error; a tensor is missing.
+        ValueError: no group has a finite error; or, before training, the tensors of ``source_dir`` are not those of its
+            configuration.
     """
     assert parent.num_slices == 1, "groups may lie across slices"
     parent.model.requires_grad_(False)
     architecture = read_architecture(source_dir)
+    with TensorReader(source_dir) as reader:
+        check_tensors(reader, architecture)
     parts = plan_parts(learners, architecture, memory_budget(parent))
     finished = []
     for number, part in enumerate(parts):
@@ -232,7 +234,4 @@ def _write_checkpoint(source_dir: Path, finished: Sequence[Path], out_dir: Path)
     trained = [directory for directory in finished if (directory / WEIGHTS_FILE).is_file()]
     with ExitStack() as stack:
         source, *others = [stack.enter_context(TensorReader(directory)) for directory in (source_dir, *trained)]
-        places = {name: reader for reader in (source, *others) for name in reader.names()}
-        writer = stack.enter_context(CheckpointWriter(out_dir, architecture, dtype=source.dtype(EMBEDDING)))
-        for name in tqdm(tensor_shapes(architecture), desc="write model", unit="tensor", leave=False):
-            writer.add(name, places[name].read(name))
+        copy_checkpoint(source, out_dir, architecture, instead=others)

@@ -14,17 +14,14 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dacite
 
 from distill.config import require
-from fusion.config import Norm
+from fusion.config import Latency, Norm
 
 JSON_NAME = "groups.json"
-
-Latency = Literal["decode", "prefill", "request"]
-"""decode: one token; prefill: the prompt; request: the prompt and all generated tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +60,7 @@ class RemovalScore:
 class FFNLatency:
     """Time of one SwiGLU subblock, its norm and its residual included, at the table's workload.
 
-    Under tensor parallelism it is that of one rank's share. The all-reduce that each FFN ends in is not in it: what
-    fusion saves is understated by one all-reduce for every FFN less.
+    Under tensor parallelism it is that of one rank's share, without the all-reduce that each FFN ends in.
     """
 
     ffn_dim: int
@@ -95,6 +91,13 @@ class GroupTable:
     """Fields of the :class:`puzzle.config.WorkloadConfig` that the latencies are for."""
     clamped: tuple[str, ...] = ()
     """Latencies that came out below 0 time and again and stand as 0, for example ``ffn w256 decode_ms``."""
+    all_reduce_prefill_ms: float = 0.0
+    """The all-reduce that every FFN ends in under tensor parallelism, for the whole prompt of the whole batch. It is
+    modelled, not measured; 0 on a single rank."""
+    all_reduce_decode_ms: float = 0.0
+    """The same for one token of every sequence of the batch."""
+    all_reduce_hardware: str | None = None
+    """Device whose rates the all-reduces are modelled by; null on a single rank."""
 
     def __post_init__(self) -> None:
         _require_unique(((row.first, row.last) for row in self.groups), "group")
@@ -103,6 +106,11 @@ class GroupTable:
         for row in (*self.groups, *self.removals, *self.latencies):
             _require_finite(row, repr(row))
         require(len(self.latencies) > 0, "group scores: the table has no FFN latency; score the groups anew")
+        require(
+            min(self.all_reduce_prefill_ms, self.all_reduce_decode_ms) >= 0,
+            f"group scores: all-reduces of {self.all_reduce_prefill_ms} and {self.all_reduce_decode_ms} ms must be "
+            ">= 0; score the groups anew",
+        )
         for narrow, wide in pairwise(self.latencies):
             require(
                 narrow.ffn_dim < wide.ffn_dim,
@@ -153,7 +161,8 @@ class GroupTable:
         return score
 
     def ffn_ms(self, ffn_dim: int, latency: Latency) -> float:
-        """Milliseconds of one FFN of ``ffn_dim`` channels, linear between the two nearest measured widths.
+        """Milliseconds of one FFN of ``ffn_dim`` channels, linear between the two nearest measured widths, and of the
+        all-reduce behind it.
 
         Raises:
             ValueError: ``ffn_dim`` is not between the narrowest and the widest measured width.
@@ -169,14 +178,16 @@ class GroupTable:
             "score the model that is fused, with a group_scores.max_members that reaches, or null",
         )
         times = [row.decode_ms if latency == "decode" else row.prefill_ms for row in self.latencies]
+        all_reduce_ms = self.all_reduce_decode_ms if latency == "decode" else self.all_reduce_prefill_ms
         index = bisect_left(widths, ffn_dim)
         if widths[index] == ffn_dim:
-            return times[index]
+            return times[index] + all_reduce_ms
         share = (ffn_dim - widths[index - 1]) / (widths[index] - widths[index - 1])
-        return times[index - 1] + share * (times[index] - times[index - 1])
+        return times[index - 1] + share * (times[index] - times[index - 1]) + all_reduce_ms
 
     def saved_ms(self, ffn_dims: Sequence[int], latency: Latency) -> float:
-        """Milliseconds that one FFN of the summed width takes less than FFNs of ``ffn_dims`` one after another.
+        """Milliseconds that one FFN of the summed width takes less than FFNs of ``ffn_dims`` one after another, each
+        with its all-reduce: k FFNs have k of them, the fused one has one.
 
         Below 0 where fusing does not pay.
 

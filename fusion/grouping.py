@@ -51,7 +51,8 @@ def fusion_groups(
 ) -> tuple[Group, ...]:
     """Choose the fusion groups of a model.
 
-    Groups come from the attention-free runs, whose last FFN is left out first if so configured:
+    Groups come from the attention-free runs, whose last FFN is left out first if so configured, and which end at FFNs
+    that are fused already:
 
     - choose=fewest_blocks: every run is dealt into ``run // group_size`` groups, at least one, as even as can be, the
       larger first; without a group size it stays whole. What then exceeds a bound is split: of all splits the one with
@@ -149,6 +150,7 @@ def _fused_block(architecture: Architecture, group: Group) -> BlockConfig:
         attention=NO_ATTENTION,
         ffn=FFNConfig(ffn_dim=group_width(architecture, group)),
         parent_block_indices=tuple(index for member in members for index in member.parent_block_indices),
+        dropped_parent_indices=tuple(index for member in members for index in member.dropped_parent_indices),
     )
 
 
@@ -160,14 +162,16 @@ def _check_member(block: BlockConfig, index: int, group: Group) -> None:
     )
     require(block.ffn.kind == "swiglu", f"{where} has FFN {block.ffn.name}, not SwiGLU; name a group without it")
     require(
-        len(block.parent_block_indices) == 1,
-        f"{where} is already fused from parent blocks {list(block.parent_block_indices)}; fuse the model before that",
+        not block.is_fused,
+        f"{where} is already fused from parent blocks {list(block.member_indices)}; fuse the model before that",
     )
 
 
 def _trimmed_runs(architecture: Architecture, config: FuseConfig) -> list[Group]:
-    """Attention-free runs without the FFNs that are left out; a run of one may become empty."""
-    return [(first, last - 1 if config.leave_last_out else last) for first, last in architecture.attention_free_runs()]
+    """What may fuse: attention-free runs, which end at FFNs that are fused already, without their last FFN where that
+    is left out; a run of one may become empty."""
+    ends = {last for _, last in architecture.attention_free_runs()} if config.leave_last_out else set()
+    return [(first, last - 1 if last in ends else last) for first, last in architecture.fusible_runs()]
 
 
 def _dealt(run: Group, group_size: int | None) -> list[Group]:
@@ -350,6 +354,7 @@ def _why_nothing(
 ) -> str:
     """What stands in the way of any group, and how near the nearest comes to what is asked."""
     runs = tuple(architecture.attention_free_runs())
+    fused = ", ".join(str(index) for index, block in enumerate(architecture.blocks) if block.is_fused)
     possible = _possible(architecture, config, table)
     parts = []
     for bound in bounds:
@@ -363,7 +368,8 @@ def _why_nothing(
     if config.choose == "most_gain" and table is not None:
         parts += _why_no_gain(config, _candidates(architecture, config, table, bounds))
     return (
-        f"fuse: nothing to fuse; attention-free runs of this model: {format_groups(runs) or 'none'}, with "
+        f"fuse: nothing to fuse; attention-free runs of this model: {format_groups(runs) or 'none'}"
+        f"{f' (fused already: {fused})' if fused else ''}, with "
         f"leave_last_out={config.leave_last_out}, min_length={config.min_length}"
         f"{''.join(f'; {part}' for part in parts)}; relax these or remove more neighbouring attentions first"
     )

@@ -179,8 +179,12 @@ def require_made_from(product: Artifact, input_name: str, source: Artifact, *, w
         )
 
 
-def commit(path: Path, manifest: Manifest) -> Artifact:
-    """Turn the finished directory ``path`` into an artifact by writing its manifest, flushed to disk and renamed."""
+def commit(path: Path, manifest: Manifest, *, to: Path | None = None) -> Artifact:
+    """Turn the finished directory ``path`` into an artifact: its manifest is written, flushed to disk and renamed.
+
+    With ``to``, on the same file system, the whole directory is renamed to it afterwards: there it is never seen
+    without its manifest.
+    """
     manifest = replace(manifest, digest=manifest.content_digest)
     temporary = path / f"{MANIFEST_NAME}.tmp"
     with temporary.open("w") as stream:
@@ -188,8 +192,13 @@ def commit(path: Path, manifest: Manifest) -> Artifact:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(path / MANIFEST_NAME)
-    _fsync_directory(path)
-    return Artifact(path=path, manifest=manifest)
+    for directory in (path, *(p for p in path.rglob("*") if p.is_dir())):
+        _fsync_directory(directory)
+    if to is None:
+        return Artifact(path=path, manifest=manifest)
+    path.rename(to)
+    _fsync_directory(to.parent)
+    return Artifact(path=to, manifest=manifest)
 
 
 def record_files(path: Path) -> tuple[FileRecord, ...]:

@@ -123,10 +123,11 @@ def parent_by_batch_size(costs: CostFile, parent: Architecture) -> list[ParentCo
 
 def latency_pictures(run: FinishedRun, costs: CostFile) -> Iterator[Picture]:
     """Where the time goes, in the parent, the child and the fused child."""
-    unfused = read_architecture(run.unfused)
     # A model that was trained on costs what the fused one does; the timed one has a measurement to compare with.
     fused = run.models[run.timed_name] if run.timed_name else run.final
-    models = {PARENT: run.parent, "child": run.unfused} | ({} if fused is run.unfused else {"fused": fused})
+    child = run.unfused_of(fused)
+    unfused = read_architecture(child)
+    models = {PARENT: run.parent, "child": child} | ({} if fused is child else {"fused": fused})
     names = {artifact.manifest.fingerprint: name for name, artifact in run.models.items()}
     tables, timed = own_tables(costs), _timed(run, costs.workload)
     if not all(_covers(table, unfused) for table in tables.values()):
@@ -176,12 +177,12 @@ def latency_parts(model: Architecture, unfused: Architecture, table: CostTable, 
         table: costs of subblocks.
         phase: decode of one token, or prefill of the prompt.
     """
-    members = {index: block for block in unfused.blocks for index in block.parent_block_indices}
+    members = {index: block for block in unfused.blocks for index in block.member_indices}
     metric = f"{phase}_ms"
     attention = ffn = 0.0
     for block in model.blocks:
-        indices = block.parent_block_indices
-        parts = [members[index] for index in indices] if len(indices) > 1 else [block]
+        is_new = block.is_fused and block not in unfused.blocks
+        parts = [members[index] for index in block.member_indices] if is_new else [block]
         attention += sum(getattr(table.subblock("attention", part.attention.name), metric) for part in parts)
         ffn += sum(getattr(table.subblock("ffn", part.ffn.name), metric) for part in parts)
         ffn -= (len(parts) - 1) * table.merge_saving_ms(phase)

@@ -21,6 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from distill.config import SourceConfig, require
 from distill.data.sources import stdlib_files, text_files
+from launch import processes
 from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         MeasureCostsStage,
         PrepareDataStage,
         ScoreGroupsStage,
+        ScoreLibraryStage,
         SearchStage,
     )
 
@@ -61,14 +63,46 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
     return {"sources": [_text_source(source) for source in config.data.sources]}
 
 
-def hardware(config: MeasureCostsStage | BenchmarkStage | ScoreGroupsStage) -> dict[str, Any]:
-    """The device that latencies are measured on, and the torch that runs there.
+def task_sources(config: ScoreLibraryStage) -> dict[str, Any]:
+    """The lm-eval whose tasks are scored, and the content of a directory of tasks of a user's own.
+
+    Raises:
+        ValueError: lm-eval is not installed, or the directory is not there.
+    """
+    scores = config.scores
+    if not scores.tasks:
+        return {}
+    found: dict[str, Any] = {"lm_eval": _version("lm_eval", f"scores.tasks={list(scores.tasks)}")}
+    if scores.task_dir is not None:
+        path = Path(scores.task_dir).expanduser()
+        require(path.exists(), f"scores.task_dir={scores.task_dir} does not exist; give a directory of lm-eval tasks")
+        found["task_dir"] = content_signature(path)
+    return found
+
+
+def cost_sources(config: MeasureCostsStage) -> dict[str, Any]:
+    """What costs are measured on and with.
 
     Nothing for costs that are computed from the rates of a named device: they are the same wherever that happens.
+    Under tensor parallelism all-reduces are measured where as many processes run as there are ranks, else modelled.
+
+    Raises:
+        ValueError: vLLM is a source and not installed.
     """
-    costs = getattr(config, "costs", None)
-    if costs is not None and costs.sources == ("analytic",) and costs.hardware.name is not None:
+    costs, ranks = config.costs, config.workload.tensor_parallel
+    is_calibrated = "analytic" in costs.sources and costs.hardware.name is None
+    if costs.sources == ("analytic",) and not is_calibrated:
         return {}
+    found = hardware(config)
+    if ranks > 1 and ("measured" in costs.sources or is_calibrated):
+        found["all_reduce"] = "measured" if processes.count() == ranks else "modelled"
+    if "vllm" in costs.sources:
+        found["vllm"] = _version("vllm", "costs.sources=vllm")
+    return found
+
+
+def hardware(config: MeasureCostsStage | BenchmarkStage | ScoreGroupsStage) -> dict[str, Any]:
+    """The device that latencies are measured on, and the torch that runs there."""
     torch_version = metadata.version("torch")
     gpus = () if config.engine.device == "cpu" or torch_version.endswith("+cpu") else gpu_names()
     if gpus:
@@ -92,6 +126,13 @@ def own_tables(config: SearchStage) -> dict[str, Any]:
             require(file.is_file(), f"search.{name}={given} does not exist; give a CSV or JSON file")
             found[name] = _file_signature(file)
     return found
+
+
+def _version(package: str, what: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"{what} needs the package {package}, which is not installed here; pip install it") from None
 
 
 def local_model(model: ModelConfig) -> Path | None:

@@ -94,12 +94,32 @@ class FinishedRun:
     @cached_property
     def unfused(self) -> Artifact:
         """Nearest ancestor of the final model (itself, if need be) without a fused block."""
-        artifact: Artifact | None = self.final
+        return self.unfused_of(self.final)
+
+    def unfused_of(self, model: Artifact) -> Artifact:
+        """Nearest ancestor of ``model`` without a fused block; it itself, where it has none or there is no such one."""
+        return next((artifact for artifact in self.line_of(model) if not _is_fused(artifact)), model)
+
+    def line_of(self, model: Artifact) -> tuple[Artifact, ...]:
+        """``model`` and the models of the run that its weights came from, the nearest first."""
+        line = []
+        artifact: Artifact | None = model
         while artifact is not None:
-            if all(len(block.parent_block_indices) == 1 for block in read_architecture(artifact).blocks):
-                return artifact
-            artifact = self.input_of(artifact, "student") or self.input_of(artifact, "model")
-        return self.final
+            line.append(artifact)
+            sources = (self.input_of(artifact, name) for name in ("fused", "student", "model"))
+            artifact = next((source for source in sources if source is not None), None)
+        return tuple(line)
+
+    @cached_property
+    def fusions(self) -> tuple[dict[str, Any], ...]:
+        """``fusion.json`` of every fusion that led to the final model, the last first; no controls among them."""
+        made = (artifact for artifact in self.line_of(self.final) if artifact.manifest.stage == "fuse")
+        documents = (read_json(artifact.path / "fusion.json") for artifact in made)
+        return tuple(fusion for fusion in documents if fusion.get("treatment", "fuse") == "fuse")
+
+
+def _is_fused(artifact: Artifact) -> bool:
+    return any(block.is_fused for block in read_architecture(artifact).blocks)
 
 
 def num_attentions(architecture: Architecture) -> int:

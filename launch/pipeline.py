@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from launch.config import (
     compose_stage,
     step_overrides,
 )
+from launch.modelled_fusion import require_fused_as_modelled
 from launch.registry import STAGES, Stage
 from launch.rundir import RESERVED_NAMES, RunDirectory
 from launch.stage import StageContext
@@ -41,8 +42,13 @@ class PlannedStep:
     """Input name -> step name."""
 
 
-def plan(pipeline: PipelineConfig, overrides: Sequence[str]) -> list[PlannedStep]:
+def plan(pipeline: PipelineConfig, overrides: Sequence[str], *, is_fused_elsewhere: bool = False) -> list[PlannedStep]:
     """Typed configuration and fingerprint of every step, in order. Computes nothing.
+
+    Args:
+        pipeline: what to plan.
+        overrides: of the command line.
+        is_fused_elsewhere: a fusion-aware search may stand here without the fuse step that it counts on.
 
     Raises:
         ValueError: a stage, an input or a configuration is wrong; names the step.
@@ -57,16 +63,9 @@ def plan(pipeline: PipelineConfig, overrides: Sequence[str]) -> list[PlannedStep
             planned[name] = _plan_step(name, step, step_overrides(pipeline, name, overrides), planned)
         except ValueError as error:
             raise ValueError(f"step {name}: {error}") from error
-    _require_one_last_ffn(planned.values())
-    return list(planned.values())
-
-
-def _require_one_last_ffn(steps: Iterable[PlannedStep]) -> None:
-    """The search prices the fusion that a later step does: both must treat the last FFN of a run alike."""
-    settings = {step.name: step.config.fuse.leave_last_out for step in steps if hasattr(step.config, "fuse")}
-    if len(set(settings.values())) > 1:
-        shown = ", ".join(f"{name}: {value}" for name, value in settings.items())
-        raise ValueError(f"fuse.leave_last_out differs between steps ({shown}); set it for all of them")
+    steps = list(planned.values())
+    require_fused_as_modelled(steps, is_fused_elsewhere=is_fused_elsewhere)
+    return steps
 
 
 def _plan_step(

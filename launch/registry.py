@@ -93,6 +93,12 @@ class BuildLibraryStage:
             "library.mode=decoupled starts from the parent's weights and has no use for the input `library`; leave it "
             "out, or set library.mode=coupled",
         )
+        for name in ("max_attentions", "max_ffns"):
+            require(
+                getattr(self.library, name) is None or "solution" in names,
+                f"library.{name} keeps what the solutions of a search use most; give the input `solution`, or set "
+                f"library.{name}=null",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +365,7 @@ STAGES: dict[str, Stage] = {
         output="scores",
         version=2,
         distributed=True,
+        externals="launch.externals:task_sources",
     ),
     "check_additivity": Stage(
         config=CheckAdditivityStage,
@@ -379,7 +386,7 @@ STAGES: dict[str, Stage] = {
         output="costs",
         version=2,
         distributed=True,
-        externals="launch.externals:hardware",
+        externals="launch.externals:cost_sources",
     ),
     "search": Stage(
         config=SearchStage,
@@ -387,7 +394,7 @@ STAGES: dict[str, Stage] = {
         inputs={},
         optional_inputs={"scores": "scores", "costs": "costs"},
         output="solution",
-        version=2,
+        version=3,
         externals="launch.externals:own_tables",
     ),
     "assemble": Stage(
@@ -416,6 +423,7 @@ STAGES: dict[str, Stage] = {
         body="launch.stages.score_groups:run",
         inputs={"model": "model", "data": "data"},
         output="group_scores",
+        version=2,
         externals="launch.externals:hardware",
     ),
     "fuse": Stage(
@@ -424,7 +432,7 @@ STAGES: dict[str, Stage] = {
         inputs={"model": "model"},
         optional_inputs={"dependency": "dependency", "group_scores": "group_scores"},
         output="model",
-        version=2,
+        version=3,
     ),
     "distill_groups": Stage(
         config=DistillGroupsStage,
@@ -432,6 +440,7 @@ STAGES: dict[str, Stage] = {
         inputs={"model": "model", "data": "data"},
         optional_inputs={"fused": "model", "dependency": "dependency", "group_scores": "group_scores"},
         output="model",
+        version=2,
     ),
     "parallelize_blocks": Stage(
         config=ParallelizeBlocksStage,

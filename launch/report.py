@@ -13,6 +13,7 @@ from launch.page import render_page
 from launch.recovery import TRAINING_STAGES, gap_closed_frac, reference_model
 from launch.search_section import searches
 from puzzle.model import stats
+from puzzle.model.architecture import Architecture
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
@@ -110,15 +111,15 @@ def _distilled(models: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 def _evidence(run: FinishedRun, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     parent, final = read_architecture(run.parent), read_architecture(run.final)
-    fusion = run.document("fuse", "fusion.json") or {}
-    # A control's blocks may stand for removed ones.
-    is_fused = fusion.get("treatment", "fuse") == "fuse"
+    in_parent = {block.member_indices for block in parent.blocks}
+    errors = [fusion["verify"]["max_relative_error_fp32"] for fusion in run.fusions]
     data = run.document("prepare_data", "data.json") or {}
     distilled = _distilled(models)
     return {
         "num_attentions_removed": num_attentions(parent) - num_attentions(final),
-        "num_ffn_runs_fused": sum(is_fused and len(block.parent_block_indices) > 1 for block in final.blocks),
-        "fused_equals_parallel_sum_max_relative_error": fusion.get("verify", {}).get("max_relative_error_fp32"),
+        "num_ffn_runs_fused": sum(block.is_fused and block.member_indices not in in_parent for block in final.blocks),
+        "num_blocks_removed": _num_dropped(final) - _num_dropped(parent),
+        "fused_equals_parallel_sum_max_relative_error": max(errors, default=None),
         "lm_loss_gap_closed_frac": models[distilled]["lm_loss_gap_closed_frac"] if distilled else None,
         "decode_latency_vs_parent": {
             name: model["decode_latency_vs_parent"]
@@ -128,6 +129,10 @@ def _evidence(run: FinishedRun, models: Mapping[str, Mapping[str, Any]]) -> dict
         "parent_validation_lm_loss": models.get(PARENT, {}).get("lm_loss"),
         "unigram_entropy_nats": data.get("unigram_entropy_nats"),
     }
+
+
+def _num_dropped(architecture: Architecture) -> int:
+    return sum(len(block.dropped_parent_indices) for block in architecture.blocks)
 
 
 def _step(name: str, artifact: Artifact) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The store of artifacts, addressed by fingerprint.
 
 Two runs that need the same artifact share it; two that need it at the same time compute it once. An artifact that is
-there is never written again: a changed recipe has another fingerprint and stands beside the old one. Torch-free.
+there is never written again: a changed recipe has another fingerprint and stands beside the old one. What is being
+written stands apart, and comes to its place by one rename once it is whole. Torch-free.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class Store:
     def path(self, recipe: Recipe) -> Path:
         """Where the artifact of ``recipe`` stands, or will."""
         return self.root / f"{recipe.stage}-{recipe.fingerprint[:16]}"
+
+    def unfinished_path(self, recipe: Recipe) -> Path:
+        """Where its stage writes until the commit. What a killed process leaves there is removed before the next."""
+        return self.root / ".unfinished" / self.path(recipe).name
 
     def resume_path(self, recipe: Recipe) -> Path:
         """Where its stage keeps private state until the commit."""
@@ -133,18 +138,21 @@ class Store:
             lock.release()
 
     def _compute(self, job: Job) -> Artifact:
-        out, resume = self.path(job.recipe), self.resume_path(job.recipe)
-        # An uncommitted directory is a torn write of a killed attempt; what may be resumed lies apart from it.
-        if out.exists():
-            shutil.rmtree(out)
+        place, resume = self.path(job.recipe), self.resume_path(job.recipe)
+        out = self.unfinished_path(job.recipe)
+        # Torn writes of a killed attempt, or what is left of an artifact whose manifest was removed. What may be
+        # resumed lies apart from them.
+        for leftover in (out, place):
+            if leftover.exists():
+                shutil.rmtree(leftover)
         started = time.monotonic()
         try:
             make_directory(out)
             make_directory(resume)
             result = job.body(job.context(out, resume))
-            manifest = self._manifest(job, result, seconds=time.monotonic() - started)
-            artifact = commit(out, manifest)
-        except Exception as error:
+            manifest = self._manifest(job, result, out, seconds=time.monotonic() - started)
+            artifact = commit(out, manifest, to=place)
+        except (Exception, KeyboardInterrupt) as error:
             shutil.rmtree(out, ignore_errors=True)
             if is_disk_full(error):
                 free_gib = shutil.disk_usage(self.root).free / 2**30
@@ -155,10 +163,10 @@ class Store:
                 ) from error
             raise
         shutil.rmtree(resume, ignore_errors=True)
-        self._verified.add(str(out.resolve()))
+        self._verified.add(str(artifact.path.resolve()))
         return artifact
 
-    def _manifest(self, job: Job, result: StageResult, *, seconds: float) -> Manifest:
+    def _manifest(self, job: Job, result: StageResult, out: Path, *, seconds: float) -> Manifest:
         return Manifest(
             kind=job.kind,
             stage=job.recipe.stage,
@@ -174,7 +182,7 @@ class Store:
                 )
                 for name, artifact in job.inputs.items()
             },
-            files=record_files(self.path(job.recipe)),
+            files=record_files(out),
             headline=result.headline,
             metrics=json_metrics(result.metrics),
             tokens=_tokens(job, result),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from puzzle.model.architecture import Architecture, BlockConfig
+from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockConfig
+
+_REMOVED = BlockConfig(attention=NO_ATTENTION, ffn=NO_FFN, parent_block_indices=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,7 @@ class Column:
 
     block: int
     attention: str
-    """Variant that stands there now; ``no_op`` where it was removed."""
+    """Variant that stands there now; ``no_op`` where it, or the whole block, was removed."""
     attention_frac: float
     """KV heads as a fraction of the parent's."""
     ffn: str
@@ -29,14 +31,24 @@ class Column:
 class FusedGroup:
     """A fused FFN, over the columns that it stands for."""
 
-    first: int
-    last: int
+    members: tuple[int, ...]
+    """Columns of the FFNs that became one."""
     ffn_dim: int | None
+
+    @property
+    def first(self) -> int:
+        """First column."""
+        return min(self.members)
+
+    @property
+    def last(self) -> int:
+        """Last column."""
+        return max(self.members)
 
     @property
     def num_members(self) -> int:
         """FFNs that became one."""
-        return self.last - self.first + 1
+        return len(self.members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,35 +77,49 @@ def architecture_strip(parent: Architecture, unfused: Architecture, final: Archi
         unfused: the model before fusion (the final one where nothing was fused): which variants stand where.
         final: the model after fusion: which blocks became one.
     """
-    now = {index: block for block in unfused.blocks for index in block.parent_block_indices}
-    places = {index: place for place, block in enumerate(final.blocks) for index in block.parent_block_indices}
+    # A parent may come of a fusion or a removal itself.
+    column_of = {member: index for index, own in enumerate(parent.blocks) for member in own.member_indices}
+
+    def places(model: Architecture) -> dict[int, int]:
+        """Block of ``model`` by column; removed columns have none."""
+        blocks = enumerate(model.blocks)
+        members = ((member, place) for place, block in blocks for member in block.member_indices)
+        return {column_of[member]: place for member, place in members if member in column_of}
+
+    before, after = places(unfused), places(final)
+    members_of = {place: tuple(column for column in after if after[column] == place) for place in after.values()}
     groups = tuple(
-        FusedGroup(first=min(indices), last=max(indices), ffn_dim=block.ffn.ffn_dim)
-        for block in final.blocks
-        if len(indices := block.parent_block_indices) > 1
+        FusedGroup(members=members, ffn_dim=final.blocks[place].ffn.ffn_dim)
+        for place, members in members_of.items()
+        if len(members) > 1
     )
-    group_of = {index: group for group in groups for index in range(group.first, group.last + 1)}
+    group_of = {index: group for group in groups for index in group.members}
     full_width = max(block.ffn.ffn_dim or 0 for block in parent.blocks)
-    columns = tuple(
-        Column(
-            block=index,
-            attention=now[index].attention.name,
-            attention_frac=_share(now[index].attention.num_kv_heads, own.attention.num_kv_heads),
-            ffn=now[index].ffn.name,
-            ffn_frac=_share(now[index].ffn.ffn_dim, full_width),
-            is_fused=index in group_of,
-            fate=_fate(index, own, now[index], group_of.get(index), places[index]),
+    columns = []
+    for index, own in enumerate(parent.blocks):
+        place = after.get(index)
+        now = _REMOVED if place is None else unfused.blocks[before[index]]
+        columns.append(
+            Column(
+                block=index,
+                attention=now.attention.name,
+                attention_frac=_share(now.attention.num_kv_heads, own.attention.num_kv_heads),
+                ffn=now.ffn.name,
+                ffn_frac=_share(now.ffn.ffn_dim, full_width),
+                is_fused=index in group_of,
+                fate=_fate(index, own, now, group_of.get(index), place),
+            )
         )
-        for index, own in enumerate(parent.blocks)
-    )
-    return ArchitectureStrip(columns=columns, groups=groups)
+    return ArchitectureStrip(columns=tuple(columns), groups=groups)
 
 
 def _share(part: int | None, whole: int | None) -> float:
     return part / whole if part and whole else 0.0
 
 
-def _fate(index: int, own: BlockConfig, now: BlockConfig, group: FusedGroup | None, place: int) -> str:
+def _fate(index: int, own: BlockConfig, now: BlockConfig, group: FusedGroup | None, place: int | None) -> str:
+    if place is None:
+        return f"Block {index}: {own.name} removed"
     change = "kept as it was" if now.name == own.name else f"{own.name} → {now.name}"
     if group is not None:
         return f"Block {index}: {change}, fused with blocks {group.first} to {group.last} into block {place}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from distill.config import require
 from puzzle.library import BlockLibrary, inherited_names
-from puzzle.model.architecture import Architecture, BlockConfig
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer, read_architecture
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import CheckpointWriter, TensorReader, check_tensors, copy_tokenizer, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes
 from puzzle.tables import parse_variant
 
@@ -28,7 +30,7 @@ def child_architecture(parent: Architecture, variants: Sequence[str]) -> Archite
     blocks = []
     for own, name in zip(parent.blocks, variants, strict=True):
         attention, ffn = parse_variant(name)
-        blocks.append(BlockConfig(attention=attention, ffn=ffn, parent_block_indices=own.parent_block_indices))
+        blocks.append(replace(own, attention=attention, ffn=ffn))
     return parent.with_blocks(tuple(blocks))
 
 
@@ -42,14 +44,16 @@ def assemble(parent_dir: Path, library: BlockLibrary, variants: Sequence[str], o
     library.require_parent(parent)
     child = child_architecture(parent, variants)
     library.require_variants([(block,) for block in child.blocks])
-    with TensorReader(parent_dir) as reader, CheckpointWriter(out, child, dtype=reader.dtype(EMBEDDING)) as writer:
+    with TensorReader(parent_dir) as reader, ExitStack() as stack:
+        check_tensors(reader, parent)
+        writer = stack.enter_context(CheckpointWriter(out, child, dtype=reader.dtype(EMBEDDING)))
         for name in other_shapes(parent):
-            writer.add(name, reader.read(name))
+            writer.copy(name, reader)
         for index, block in enumerate(tqdm(child.blocks, desc="assemble", unit="block", leave=False)):
             prefix, own = block_prefix(index), parent.blocks[index]
             replaced = library.tensors(index, block)
             for name in inherited_names(block_shapes(parent, own), own, block, replaced):
-                writer.add(prefix + name, reader.read(prefix + name))
+                writer.copy(prefix + name, reader)
             for name, tensor in replaced.items():
                 writer.add(prefix + name, tensor)
     copy_tokenizer(parent_dir, out)

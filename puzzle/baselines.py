@@ -67,12 +67,15 @@ def greedy(problem: Problem, budgets: Sequence[Budget]) -> list[Solution]:
 
 
 def attention_pruning(problem: Problem, budgets: Sequence[Budget]) -> list[Solution]:
-    """Attentions removed from the parent, lowest score first, until the budgets hold; FFNs stay as they are."""
-    blocks = list(problem.parent)
+    """Attentions removed from the parent, lowest score first, until the budgets hold; FFNs stay as they are.
+
+    Where scores are conditional, they are removed from the model that the scores are changes to.
+    """
+    blocks = list(problem.base)
     candidates = []
     for (block, variant), score in zip(problem.variants, problem.scores, strict=True):
         attention, ffn = parse_variant(variant)
-        own_attention, own_ffn = parse_variant(problem.parent[block])
+        own_attention, own_ffn = parse_variant(problem.base[block])
         if attention == NO_ATTENTION != own_attention and ffn == own_ffn:
             candidates.append((float(score), block, variant))
     for _, block, variant in sorted(candidates):
@@ -86,8 +89,7 @@ def attention_pruning(problem: Problem, budgets: Sequence[Budget]) -> list[Solut
 def random_choice(problem: Problem, budgets: Sequence[Budget]) -> list[Solution]:
     """Every variant draws a number, and the least sum of numbers within the budgets is taken: without budgets every
     choice is as likely as any other. Seeded by ``search.random_seed``."""
-    lots = np.random.default_rng(problem.config.random_seed).uniform(1.0, 2.0, len(problem.scores))
-    found = solve(problem, budgets, objective=lots, relative_gap=1e-2)
+    found = solve(problem, budgets, objective=_lots(problem), relative_gap=1e-2)
     return [replace(found, status="heuristic", mip_gap=None)]
 
 
@@ -119,6 +121,21 @@ METHODS: Mapping[str, Method] = {
     "no_op_only": no_op_only,
 }
 """``search.method`` -> what it does."""
+
+
+def merit(problem: Problem, solution: Solution) -> float:
+    """What the method of a solution minimises: of solutions at several batch sizes the least one is the method's."""
+    if solution.method == "max_params":
+        return -solution.costs["params"]
+    if solution.method == "random":
+        lots = dict(zip(problem.variants, _lots(problem), strict=True))
+        return float(sum(lots[key] for key in enumerate(solution.blocks)))
+    return solution.score
+
+
+def _lots(problem: Problem) -> np.ndarray:
+    """The number that every variant draws, the same at every batch size, [num_variants]."""
+    return np.random.default_rng(problem.config.random_seed).uniform(1.0, 2.0, len(problem.scores))
 
 
 def _exceeded(problem: Problem, budgets: Sequence[Budget], blocks: Sequence[str]) -> Budget | None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from math import prod
@@ -28,15 +28,13 @@ from torch import Tensor
 from distill import distributed
 from distill.metrics import Row
 from distill.tracking import Tracker
+from puzzle.child_init import Init
 from puzzle.group_training import BldSettings, GroupRun, run_together
 from puzzle.library import BlockLibrary, LibraryEntry, Replacement, file_of
 from puzzle.model.architecture import Architecture
 from puzzle.pool import Outcome, ReplacementPool
 from puzzle.slices import ParentSlice
 from puzzle.trainees import Trainees, output_power
-
-Init = Callable[[Replacement], Mapping[str, Tensor]]
-"""Tensors (CPU) of a replacement before training."""
 
 Group = tuple[Replacement, ...]
 """Replacements that train at once."""
@@ -70,7 +68,7 @@ def distill_library(
         library: empty, for this parent.
         parent: in the data type of ``engine.precision``, on its device.
         replacements: ordered by block.
-        init: weights before training.
+        init: weights before training; asked for, block by block, where there is something to train.
         settings: data, budget, optimizer, engine.
         pool: finished replacements of this and other libraries.
         resume_dir: private directory, of all processes, for resume points.
@@ -83,7 +81,7 @@ def distill_library(
     directory = resume_dir / f"rank_{distributed.rank()}"
     directory.mkdir(parents=True, exist_ok=True)
     own = parent.share([item for item in replacements if item.block in parent.blocks])
-    keys = {item: pool.key(item, init(item)) for item in own}
+    keys = {item: pool.key(item, init.origin(item)) for item in own}
     outcomes = _take_all(library, pool, keys)
     groups = _plan(directory / "plan.json", keys, outcomes, library.parent, memory_budget(parent))
     pending: list[tuple[int, Group]] = []
@@ -231,7 +229,7 @@ def _write_index(
 
 
 def _group_name(group: Group, keys: Mapping[Replacement, str]) -> str:
-    """By content: a resume point is never taken up by other replacements, or by the same ones from other weights."""
+    """By their keys: a resume point is never taken up by other replacements, or by the same ones of other origin."""
     return hashlib.sha256(" ".join(keys[item] for item in group).encode()).hexdigest()[:16]
 
 

@@ -6,64 +6,148 @@ Products and means are taken in fp32 and returned in the parent's data type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from puzzle.importance import Rankings
-from puzzle.library import Replacement, subblock_tensors
+from puzzle.library import BlockLibrary, LibraryEntry, Replacement, subblock_tensors
 from puzzle.model.architecture import Architecture, AttentionConfig, FFNConfig
 from puzzle.model.checkpoint import TensorReader
 from puzzle.model.tensor_layout import attention_shapes, block_prefix, ffn_shapes
+from puzzle.pool import content_digest
 
 KVInit = Literal["mean_pool", "select"]
 
 
-def checkpoint_init(
-    reader: TensorReader, parent: Architecture, rankings: Rankings, kv_init: KVInit
-) -> Callable[[Replacement], dict[str, Tensor]]:
+class Init(Protocol):
+    """First weights of replacements."""
+
+    def __call__(self, replacement: Replacement) -> Mapping[str, Tensor]:
+        """Tensors (CPU) of a replacement before training. Several replacements may share them: not to be written to."""
+
+    def origin(self, replacement: Replacement) -> Mapping[str, Any]:
+        """JSON values that say where these tensors come from, beside the parent and the data. None of them is read.
+
+        Equal for all tensors that differ by rounding alone: it is part of the key under which what becomes of them is
+        found again (:class:`puzzle.pool.ReplacementPool`).
+        """
+
+
+class CheckpointInit:
     """Tensors of any replacement from the parent's checkpoint, in its stored data type.
 
-    ``rankings`` must hold the blocks that replacements are asked for; KV heads only for ``kv_init="select"``.
+    A tensor of a block is read once, and each of its subblocks made once, while replacements are asked for block by
+    block. What one block needs stays in memory until the next one's turn.
+
+    Args:
+        reader: of the parent's checkpoint.
+        parent: its architecture.
+        rankings: of the blocks that narrower FFNs are asked for; KV heads only for ``kv_init="select"``.
+        kv_init: how fewer KV heads are made.
     """
 
-    def init(replacement: Replacement) -> dict[str, Tensor]:
-        index = replacement.block
-        own = parent.blocks[index]
-        # Of a large parent's block not more than what is replaced.
-        names = [
-            *(attention_shapes(parent, own.attention) if replacement.attention is not None else ()),
-            *(ffn_shapes(parent, own.ffn) if replacement.ffn is not None else ()),
-        ]
-        block = {name: reader.read(block_prefix(index) + name) for name in names}
-        return init_replacement(block, replacement, parent, rankings, kv_init)
+    def __init__(self, reader: TensorReader, parent: Architecture, rankings: Rankings, kv_init: KVInit) -> None:
+        self._reader = reader
+        self._parent = parent
+        self._rankings = rankings
+        self._kv_init = kv_init
+        self._block = _OneBlock()
 
-    return init
+    def __call__(self, replacement: Replacement) -> dict[str, Tensor]:
+        """Tensors of one subblock or both."""
+        index, tensors = replacement.block, dict[str, Tensor]()
+        for subblock in (replacement.attention, replacement.ffn):
+            if subblock is not None:
+                tensors |= self._block.once(index, subblock, partial(self._make, index, subblock))
+        return tensors
 
+    def origin(self, replacement: Replacement) -> dict[str, Any]:
+        """What ranked a narrower FFN's channels, and how fewer KV heads are made; nothing where neither is."""
+        own = self._parent.blocks[replacement.block]
+        origin: dict[str, Any] = {}
+        attention, ffn = replacement.attention, replacement.ffn
+        if attention is not None and attention.kind == "gqa" and attention != own.attention:
+            origin["kv_heads"] = self._kv_init
+        if ffn is not None and ffn.kind == "swiglu" and ffn != own.ffn:
+            origin["channels"] = self._rankings.criterion
+        return origin
 
-def init_replacement(
-    block: Mapping[str, Tensor],
-    replacement: Replacement,
-    architecture: Architecture,
-    rankings: Rankings,
-    kv_init: KVInit,
-) -> dict[str, Tensor]:
-    """Tensors of ``replacement``, one subblock or both, from those of the parent's block."""
-    index, parent = replacement.block, architecture.blocks[replacement.block]
-    tensors: dict[str, Tensor] = {}
-    if replacement.attention is not None:
-        tensors |= init_attention(
-            block,
-            replacement.attention,
-            parent=parent.attention,
-            architecture=architecture,
-            ranking=rankings.kv_heads.get(index) if kv_init == "select" else None,
+    def _make(self, index: int, subblock: AttentionConfig | FFNConfig) -> dict[str, Tensor]:
+        own = self._parent.blocks[index]
+        if isinstance(subblock, AttentionConfig):
+            return init_attention(
+                self._tensors(index, attention_shapes(self._parent, own.attention)),
+                subblock,
+                parent=own.attention,
+                architecture=self._parent,
+                ranking=self._rankings.kv_heads.get(index) if self._kv_init == "select" else None,
+            )
+        return init_ffn(
+            self._tensors(index, ffn_shapes(self._parent, own.ffn)),
+            subblock,
+            parent=own.ffn,
+            ranking=self._rankings.channels.get(index),
         )
-    if replacement.ffn is not None:
-        tensors |= init_ffn(block, replacement.ffn, parent=parent.ffn, ranking=rankings.channels.get(index))
-    return tensors
+
+    def _tensors(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of a large parent's block not more than what is replaced."""
+        prefix = block_prefix(index)
+        return {name: self._block.once(index, name, partial(self._reader.read, prefix + name)) for name in names}
+
+
+class LibraryInit:
+    """Weights to start from: those of an earlier ``library``, and the parent's (``reader``) where it has none.
+
+    A pair takes the attention that was trained beside the parent's FFN and the FFN that was trained beside the parent's
+    attention. Every file and tensor of a block is read once, as in :class:`CheckpointInit`. Calls raise ``ValueError``
+    for a replacement whose block the library cannot serve.
+    """
+
+    def __init__(self, library: BlockLibrary, reader: TensorReader) -> None:
+        self._library = library
+        self._reader = reader
+        self._block = _OneBlock()
+
+    def __call__(self, replacement: Replacement) -> dict[str, Tensor]:
+        """Tensors of one subblock or both."""
+        index, prefix, trained = replacement.block, block_prefix(replacement.block), dict[str, Tensor]()
+        for entry in self._entries(replacement):
+            trained |= self._block.once(index, entry.file, partial(self._library.load, entry))
+
+        def tensor(name: str) -> Tensor:
+            if name in trained:
+                return trained[name]
+            return self._block.once(index, name, partial(self._reader.read, prefix + name))
+
+        return {name: tensor(name) for name in replacement.shapes(self._library.parent)}
+
+    def origin(self, replacement: Replacement) -> dict[str, Any]:
+        """Digests of the library's files."""
+        directory = self._library.directory
+        return {"library": [content_digest(directory / entry.file) for entry in self._entries(replacement)]}
+
+    def _entries(self, replacement: Replacement) -> list[LibraryEntry]:
+        return self._library.entries_of(replacement.block, replacement.block_in(self._library.parent))
+
+
+class _OneBlock:
+    """What was read and made of the block that was asked for last."""
+
+    def __init__(self) -> None:
+        self._index: int | None = None
+        self._kept: dict[Hashable, Any] = {}
+
+    def once(self, index: int, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when ``key`` of block ``index`` was first asked for."""
+        if index != self._index:
+            self._index, self._kept = index, {}
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 def init_attention(

@@ -100,6 +100,10 @@ class LibraryConfig:
     mode: Literal["decoupled", "coupled"] = "decoupled"
     """decoupled: every subblock learns beside the parent's other one; coupled: every pair of subblocks learns
     together, from the replacements of the input `library` if there is one (decoupled, then coupled)."""
+    max_attentions: int | None = None
+    """With the input `solution`: attentions that stay at a block, the parent's own and the most used; null: all."""
+    max_ffns: int | None = None
+    """FFNs that stay at a block, likewise."""
     train: bool = True
     """false: replacements stay as initialised."""
     nmse: Literal["tensor", "sample", "token"] = "tensor"
@@ -111,6 +115,8 @@ class LibraryConfig:
     def __post_init__(self) -> None:
         for name in ("importance_sequences", "importance_rounds"):
             require(getattr(self, name) > 0, f"library.{name} must be > 0, got {getattr(self, name)}")
+        for name, value in (("max_attentions", self.max_attentions), ("max_ffns", self.max_ffns)):
+            require(value is None or value >= 1, f"library.{name} must be >= 1 (the parent's own stays), got {value}")
         require(
             self.ffn_importance == "independent" or self.importance_rounds <= self.importance_sequences,
             f"library.importance_rounds={self.importance_rounds} is beyond "
@@ -304,7 +310,7 @@ class SearchConfig:
     batch_sizes: tuple[int, ...] = ()
     """Batch sizes that are tried, each in a search of its own; empty: all that the costs have."""
     fusion_aware: bool = True
-    """A run of attention-free blocks costs what its fused FFN will cost."""
+    """Latencies are less what the merges of attention-free runs will save, each at the costs' one price per merge."""
     num_solutions: int = 1
     """Solutions to find, each differing from all before it in at least min_different_frac of the blocks."""
     min_different_frac: float = 0.2

@@ -264,6 +264,15 @@ def random_stack(
     Raises:
         ValueError: a subblock cannot be dealt over the ranks.
     """
+    return _with_random_weights(meta_stack(shard, subblocks, dtype=dtype), device)
+
+
+def meta_stack(shard: Shard, subblocks: Sequence[Subblock], *, dtype: torch.dtype) -> DeciLMForCausalLM:
+    """:func:`random_stack` on the meta device: shapes alone, which take no memory.
+
+    Raises:
+        ValueError: a subblock cannot be dealt over the ranks.
+    """
     architecture = replace(shard.architecture, vocab_size=1, blocks=tuple(_alone(shard, s) for s in subblocks))
     model = _meta_model(architecture, dtype)
     for block, subblock in zip(model.model.layers, subblocks, strict=True):
@@ -275,7 +284,7 @@ def random_stack(
         if shard.num_ranks > 1 and subblock.kind == "linear":
             linear = block.self_attn or block.mlp
             linear.register_forward_pre_hook(_InputShare(shard.linear_input_dim()))
-    return _with_random_weights(model, device)
+    return model
 
 
 def _alone(shard: Shard, subblock: Subblock) -> BlockConfig:

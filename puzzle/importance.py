@@ -36,6 +36,15 @@ class Rankings:
     """Indices [ffn_dim] (CPU) of every block that has a SwiGLU."""
     kv_heads: dict[int, Tensor]
     """Indices [num_kv_heads] (CPU) of every block that has a grouped-query attention; empty if not asked for."""
+    criterion: str
+    """Of :func:`channel_criterion`: what the channels were ranked by."""
+
+
+def channel_criterion(config: LibraryConfig) -> str:
+    """Name of what ranks the channels: settings that rank them alike share it."""
+    if config.ffn_importance == "independent" or config.importance_rounds == 1:
+        return "independent"
+    return f"iterative in {config.importance_rounds} rounds"
 
 
 def measure_rankings(parent: ParentSlice, sequences: Tensor, *, batch_size: int, config: LibraryConfig) -> Rankings:
@@ -79,6 +88,7 @@ def measure_rankings(parent: ParentSlice, sequences: Tensor, *, batch_size: int,
     return Rankings(
         channels={index: meter.ranking() for index, meter in channels.items()},
         kv_heads={index: meter.ranking() for index, meter in heads.items()},
+        criterion=channel_criterion(config),
     )
 
 

@@ -8,21 +8,21 @@ changes what the FFN beside it reads, so such an FFN is a replacement of its own
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.config import require
 from puzzle.model.architecture import Architecture, AttentionConfig, BlockConfig, FFNConfig
-from puzzle.model.checkpoint import TensorReader
 from puzzle.model.hf_config import architecture_from_config, hf_config
-from puzzle.model.tensor_layout import Shapes, attention_shapes, block_prefix, ffn_shapes
+from puzzle.model.tensor_layout import Shapes, attention_shapes, ffn_shapes
 from puzzle.tables import parse_attention, parse_ffn, parse_variant
 
 INDEX_FILE = "library.json"
@@ -92,7 +92,7 @@ class Replacement:
             attention = own.attention if self.beside == "parent" else AttentionConfig(kind="no_op")
         if ffn is None:
             ffn = own.ffn if self.beside == "parent" else FFNConfig(kind="no_op")
-        return BlockConfig(attention=attention, ffn=ffn, parent_block_indices=own.parent_block_indices)
+        return replace(own, attention=attention, ffn=ffn)
 
     def shapes(self, parent: Architecture) -> Shapes:
         """Its tensors, named relative to the block."""
@@ -182,43 +182,45 @@ def inherited_names(
     return [name for name in names if subblock_of(name) not in subblocks]
 
 
-def crossed_variants(variants: Variants, chosen: Iterable[str]) -> Variants:
+def crossed_variants(
+    variants: Variants, chosen: Iterable[str], *, max_attentions: int | None = None, max_ffns: int | None = None
+) -> Variants:
     """``variants`` without the subblocks that no block of ``chosen`` (names like ``kv2+w512``) has, wherever it stands.
 
-    What is left of the attentions and of the FFNs stays crossed at every block; the parent's own stay (Puzzle, section
-    3: the space shrinks to the popular choices before the coupled training).
+    What is left of the attentions and of the FFNs stays crossed at every block (Puzzle, section 3: the space shrinks to
+    the popular choices before the coupled training).
+
+    Args:
+        variants: by block.
+        chosen: a name for every use, so that popular ones come more often.
+        max_attentions: attentions that stay at a block: the parent's own and those of most uses, of equal ones those
+            that are used first; None: all that are used.
+        max_ffns: the same for FFNs.
 
     Raises:
         ValueError: a name that is none of a block variant.
     """
     pairs = [parse_variant(name) for name in chosen]
-    attentions, ffns = {attention for attention, _ in pairs}, {ffn for _, ffn in pairs}
-    return tuple(
-        tuple(
-            block
-            for block in blocks
-            if block.attention in attentions | {blocks[0].attention} and block.ffn in ffns | {blocks[0].ffn}
-        )
-        for blocks in variants
-    )
+    attentions = _most_used_first(attention for attention, _ in pairs)
+    ffns = _most_used_first(ffn for _, ffn in pairs)
+
+    def at_block(blocks: Sequence[BlockConfig]) -> tuple[BlockConfig, ...]:
+        kept_attentions = _kept(attentions, blocks[0].attention, max_attentions)
+        kept_ffns = _kept(ffns, blocks[0].ffn, max_ffns)
+        return tuple(block for block in blocks if block.attention in kept_attentions and block.ffn in kept_ffns)
+
+    return tuple(map(at_block, variants))
 
 
-def library_init(library: BlockLibrary, reader: TensorReader) -> Callable[[Replacement], dict[str, Tensor]]:
-    """Weights to start from: those of an earlier ``library``, and the parent's (``reader``) where it has none.
+def _most_used_first(used: Iterable[AttentionConfig | FFNConfig]) -> list[AttentionConfig | FFNConfig]:
+    return [subblock for subblock, _ in Counter(used).most_common()]
 
-    A pair takes the attention that was trained beside the parent's FFN and the FFN that was trained beside the parent's
-    attention. The function raises ``ValueError`` for a replacement whose block the library cannot serve.
-    """
 
-    def init(replacement: Replacement) -> dict[str, Tensor]:
-        trained = library.tensors(replacement.block, replacement.block_in(library.parent))
-        prefix = block_prefix(replacement.block)
-        return {
-            name: trained[name] if name in trained else reader.read(prefix + name)
-            for name in replacement.shapes(library.parent)
-        }
-
-    return init
+def _kept(
+    most_used: Sequence[AttentionConfig | FFNConfig], own: AttentionConfig | FFNConfig, limit: int | None
+) -> set[AttentionConfig | FFNConfig]:
+    others = [subblock for subblock in most_used if subblock != own]
+    return {own, *others[: None if limit is None else limit - 1]}
 
 
 class BlockLibrary:
@@ -274,27 +276,6 @@ class BlockLibrary:
         """Data type of the stored tensors."""
         return getattr(torch, self._dtype)
 
-    def add(
-        self,
-        replacement: Replacement,
-        tensors: Mapping[str, Tensor],
-        *,
-        bld_nmse_init: float,
-        bld_nmse: float,
-        trained: bool = True,
-    ) -> None:
-        """Stores one replacement. It enters the file of the index with the next :meth:`write_index`."""
-        entry = LibraryEntry(
-            replacement=replacement,
-            file=file_of(replacement),
-            bld_nmse_init=bld_nmse_init,
-            bld_nmse=bld_nmse,
-            trained=trained,
-        )
-        stored = {name: tensor.detach().to("cpu", self.dtype).contiguous() for name, tensor in tensors.items()}
-        save_file(stored, self.directory / entry.file)
-        self.entries[replacement] = entry
-
     def write_index(self) -> None:
         """Write ``library.json``, whole or not at all."""
         index = {
@@ -314,10 +295,33 @@ class BlockLibrary:
             ValueError: the library has no replacement for one of them, or its file holds other tensors than it should.
         """
         found: dict[str, Tensor] = {}
-        for entry in self._entries_of(index, block):
-            self._require_shapes(entry)
-            found |= load_file(self.directory / entry.file)
+        for entry in self.entries_of(index, block):
+            found |= self.load(entry)
         return found
+
+    def load(self, entry: LibraryEntry) -> dict[str, Tensor]:
+        """Tensors (CPU) of one replacement, by their names in the block.
+
+        Raises:
+            ValueError: its file holds other tensors than it should.
+        """
+        self._require_shapes(entry)
+        return load_file(self.directory / entry.file)
+
+    def entries_of(self, index: int, block: BlockConfig) -> list[LibraryEntry]:
+        """Those replacements of which :meth:`tensors` is made.
+
+        Raises:
+            ValueError: the library has none for one of the subblocks.
+        """
+        needed = block_replacements(self.parent, index, block, self.mode)
+        for replacement in needed:
+            require(
+                replacement in self.entries,
+                f"the library has no replacement {replacement.name}, which block {index} = {block.name} needs; "
+                "build it with a search space (space) that holds this variant",
+            )
+        return [self.entries[replacement] for replacement in needed]
 
     def require_variants(self, variants: Sequence[Sequence[BlockConfig]]) -> None:
         """``ValueError`` unless :meth:`tensors` has an answer for all ``variants``, listed block by block.
@@ -328,7 +332,7 @@ class BlockLibrary:
             entry.file: entry
             for index, blocks in enumerate(variants)
             for block in blocks
-            for entry in self._entries_of(index, block)
+            for entry in self.entries_of(index, block)
         }
         for entry in needed.values():
             self._require_shapes(entry)
@@ -340,16 +344,6 @@ class BlockLibrary:
             f"the library's parent has {self.parent.num_blocks} blocks like {self.parent.blocks[0].name}, the model "
             f"given has {architecture.num_blocks} like {architecture.blocks[0].name}; give the library's own parent",
         )
-
-    def _entries_of(self, index: int, block: BlockConfig) -> list[LibraryEntry]:
-        needed = block_replacements(self.parent, index, block, self.mode)
-        for replacement in needed:
-            require(
-                replacement in self.entries,
-                f"the library has no replacement {replacement.name}, which block {index} = {block.name} needs; "
-                "build it with a search space (space) that holds this variant",
-            )
-        return [self.entries[replacement] for replacement in needed]
 
     def _require_shapes(self, entry: LibraryEntry) -> None:
         path, expected = self.directory / entry.file, entry.replacement.shapes(self.parent)
@@ -377,7 +371,7 @@ def _shape(shapes: Shapes, name: str) -> str:
 
 def _block(name: str, own: BlockConfig) -> BlockConfig:
     attention, ffn = parse_variant(name)
-    return BlockConfig(attention=attention, ffn=ffn, parent_block_indices=own.parent_block_indices)
+    return replace(own, attention=attention, ffn=ffn)
 
 
 def _entry_from_json(row: Mapping[str, Any]) -> LibraryEntry:

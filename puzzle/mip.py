@@ -17,43 +17,41 @@ variable for every pair,
     latency = sum of latency[i,j] * x[i,j] - c * (sum of z[i] - t * sum of s[i])
 
 A run of k blocks has k - 1 pairs and one start, hence k - 1 - t merges; one that is too short has neither. The solver
-may set fewer z than the runs allow, never more, and c >= 0: so x is feasible exactly if the true latencies after fusion
-are within budget, however many of them have one. The rows of z and s are those of a shortest path, so they have no
-fractional corners of their own; a and z are integer variables all the same, because branching on them splits the
-problem far more evenly than branching on single variants. Bounds on the width or dependency of fused groups, which the
-fuse stage may set, are not modelled.
+may set fewer z than the runs allow, never more, and c >= 0: so x is feasible exactly if the latencies after fusion, by
+this count, are within budget, however many of them have one. The rows of z and s are those of a shortest path, so they
+have no fractional corners of their own; a and z are integer variables all the same, because branching on them splits
+the problem far more evenly than branching on single variants. Bounds on the width or dependency of fused groups, which
+the fuse stage may set, are not modelled.
 
-Two reductions shorten the search without changing any optimum. Variants that another one of the same block makes
-superfluous (no worse in the objective or any budget, and attention-free if they are) are left out. And a choice that
-has a variant of reduced cost r in the linear relaxation is worth at least the relaxation's optimum plus r: the solver
-is given the few variants of small r, and again those up to the difference if what it finds is further away.
+One c for all merges is an approximation: cost tables have the median over the FFN widths of the space, 0 where it is
+negative, while a merge of narrow FFNs and one of wide FFNs save different times.
+
+Variants that another one of the same block makes superfluous (no worse in the objective or any budget, and
+attention-free if they are) are left out, which changes no optimum; :mod:`puzzle.integer_program` leaves out more.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+from scipy.optimize import LinearConstraint
 from tqdm.auto import tqdm
 
-from distill.config import require
-from puzzle.search_problem import TOLERANCE, Budget, InfeasibleError, Problem, Solution, budgets_of, solution_of
+from puzzle.integer_program import Program, TimeLimitError, minimise
+from puzzle.search_problem import (
+    TOLERANCE,
+    Budget,
+    InfeasibleError,
+    Problem,
+    Solution,
+    budgets_of,
+    solution_of,
+)
 
-OPTIMAL, INFEASIBLE = 0, 2
-"""Statuses of ``scipy.optimize.milp`` and ``linprog``."""
-ABSOLUTE_GAP = 1e-6
-"""At which HiGHS stops."""
-CORE_VARIANTS = 3
-"""Variants per block, on average, that the solver is given first."""
 EXPLANATION_GAP = 1e-4
 """Relative gap of the least costs that an error states, to the four digits that it shows."""
 
@@ -75,39 +73,25 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
-    """A mixed-integer program over variables in 0..1: least ``objective @ v`` with ``lower <= matrix @ v <= upper``."""
+class ParetoFront:
+    """What the search finds at several latency budgets, as fractions of the parent's latency."""
 
-    objective: np.ndarray
-    is_integer: np.ndarray
-    matrix: sparse.csc_array
-    lower: np.ndarray
-    upper: np.ndarray
+    solutions: Mapping[float, Solution] = field(default_factory=dict)
+    """By rising budget."""
+    out_of_reach: tuple[float, ...] = ()
+    """Budgets that no choice meets."""
+    out_of_time: tuple[float, ...] = ()
+    """Budgets at which the time limit passed before any choice was found."""
 
-    def relax(self) -> OptimizeResult:
-        """The optimum without integrality, with the reduced costs of all variables."""
-        is_equal = self.lower == self.upper
-        rows = self.matrix.tocsr()
-        return linprog(
-            self.objective,
-            A_ub=rows[~is_equal],
-            b_ub=self.upper[~is_equal],
-            A_eq=rows[is_equal],
-            b_eq=self.upper[is_equal],
-            bounds=(0, 1),
-            method="highs",
-        )
 
-    def solve(self, columns: np.ndarray, relative_gap: float, limit_seconds: float) -> OptimizeResult:
-        """The optimum with all other variables at 0."""
-        with _quiet():
-            return milp(
-                self.objective[columns],
-                integrality=self.is_integer[columns].astype(int),
-                bounds=Bounds(0, 1),
-                constraints=LinearConstraint(self.matrix[:, columns], self.lower, self.upper),
-                options={"mip_rel_gap": relative_gap, "time_limit": limit_seconds},
-            )
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How low one cost of the whole model can be."""
+
+    value: float
+    """The lowest that was found, to four digits from above; infinite where there was none."""
+    is_least: bool
+    """Whether nothing lower exists; False where the time limit passed before the proof."""
 
 
 def solve(
@@ -129,7 +113,7 @@ def solve(
 
     Raises:
         InfeasibleError: says which budget is out of reach, or which of them are together, and what can be reached.
-        ValueError: the time limit passed before any choice was found.
+        TimeLimitError: the time limit passed before any choice was found.
     """
     objective = problem.scores if objective is None else objective
     # HiGHS stops within an absolute gap of 1e-6, so the typical value is brought to 1.
@@ -137,30 +121,32 @@ def solve(
     scale = 1.0 / float(np.median(nonzero)) if nonzero.size else 1.0
     found = _run(problem, objective * scale, budgets, different_from, relative_gap=relative_gap)
     if found is None:
-        raise InfeasibleError(_explain(problem, budgets, different_from))
+        raise InfeasibleError(lambda: _explain(problem, budgets, different_from))
     gap = max(0.0, found.value - found.bound) / max(abs(found.value), TOLERANCE)
     return solution_of(problem, found.blocks, status="optimal" if found.is_done else "time_limit", mip_gap=gap)
 
 
 def find_solutions(problem: Problem, budgets: Sequence[Budget]) -> list[Solution]:
-    """Up to ``num_solutions`` solutions, best first; fewer where no further one is different enough within the budgets.
+    """Up to ``num_solutions`` solutions, best first; fewer where no further one that is different enough was found
+    within the budgets and the time limit.
 
     Raises:
         InfeasibleError: there is not even one.
+        TimeLimitError: not even one was found in time.
     """
     found = [solve(problem, budgets)]
     while len(found) < problem.config.num_solutions:
         try:
             found.append(solve(problem, budgets, different_from=found))
-        except InfeasibleError:
+        except (InfeasibleError, TimeLimitError):
             break
     return found
 
 
 def pareto_front(
     problem: Problem, *, find: Method = find_solutions, parent_throughput: float | None = None
-) -> dict[float, Solution | None]:
-    """Best solution at each of ``pareto_latency_fracs``, the other budgets kept; None where there is none.
+) -> ParetoFront:
+    """Best solution at each of ``pareto_latency_fracs``, the other budgets kept.
 
     Args:
         problem: from :func:`puzzle.search_problem.build_problem`.
@@ -168,25 +154,33 @@ def pareto_front(
         parent_throughput: see :func:`puzzle.search_problem.budgets_of`.
     """
     problem = replace(problem, config=replace(problem.config, num_solutions=1))
-    front: dict[float, Solution | None] = {}
+    found: dict[float, Solution] = {}
+    out_of_reach, out_of_time = [], []
     fracs = sorted(problem.config.pareto_latency_fracs)
     for frac in tqdm(fracs, desc="Pareto front", unit="budget", leave=False, disable=not fracs):
         constraint = replace(problem.config.constraint, latency_frac=frac, latency_ms=None)
         try:
-            front[frac] = find(problem, budgets_of(problem, constraint, parent_throughput=parent_throughput))[0]
+            found[frac] = find(problem, budgets_of(problem, constraint, parent_throughput=parent_throughput))[0]
         except InfeasibleError:
-            front[frac] = None
-    return front
+            out_of_reach.append(frac)
+        except TimeLimitError:
+            out_of_time.append(frac)
+    return ParetoFront(solutions=found, out_of_reach=tuple(out_of_reach), out_of_time=tuple(out_of_time))
 
 
-def least_cost(problem: Problem, cost: str, budgets: Sequence[Budget]) -> float | None:
-    """Least value of one cost of the whole model under ``budgets``, scores aside and fusion counted where the search
-    is aware of it, to four digits from above; None where the budgets are out of reach."""
+def least_cost(problem: Problem, cost: str, budgets: Sequence[Budget]) -> Reach:
+    """How low one cost of the whole model can be under ``budgets``, scores aside and fusion counted where the search is
+    aware of it."""
     objective = problem.cost(cost)
     scale = np.abs(objective).max(initial=1e-300)
     saving = problem.saving_ms(cost) / scale
-    found = _run(problem, objective / scale, budgets, (), saving=saving, relative_gap=EXPLANATION_GAP)
-    return None if found is None else problem.spent(found.blocks, cost)
+    try:
+        found = _run(problem, objective / scale, budgets, (), saving=saving, relative_gap=EXPLANATION_GAP)
+    except TimeLimitError:
+        return Reach(value=math.inf, is_least=False)
+    if found is None:
+        return Reach(value=math.inf, is_least=True)
+    return Reach(value=problem.spent(found.blocks, cost), is_least=found.is_done)
 
 
 def _run(
@@ -226,7 +220,13 @@ def _run(
         lower=np.concatenate([np.broadcast_to(constraint.lb, constraint.A.shape[:1]) for constraint in constraints]),
         upper=np.concatenate([np.broadcast_to(constraint.ub, constraint.A.shape[:1]) for constraint in constraints]),
     )
-    found = _minimise(program, problem.num_blocks, len(kept), relative_gap, problem.config.time_limit_seconds)
+    found = minimise(
+        program,
+        num_blocks=problem.num_blocks,
+        num_x=len(kept),
+        relative_gap=relative_gap,
+        limit_seconds=problem.config.time_limit_seconds,
+    )
     if found is None:
         return None
     x, bound, is_done = found
@@ -234,40 +234,6 @@ def _run(
     assert [problem.variants[index][0] for index in chosen] == list(range(problem.num_blocks))
     blocks = tuple(problem.variants[index][1] for index in chosen)
     return Choice(blocks=blocks, value=float(program.objective @ x), bound=bound, is_done=is_done)
-
-
-def _minimise(
-    program: Program, num_blocks: int, num_x: int, relative_gap: float, limit_seconds: float
-) -> tuple[np.ndarray, float, bool] | None:
-    """Solution, proven bound, and whether the gap was reached in time; None where the program is infeasible."""
-    end = time.perf_counter() + limit_seconds
-    relaxed = program.relax()
-    if relaxed.status == INFEASIBLE:
-        return None
-    reduced = relaxed.lower.marginals[:num_x] if relaxed.status == OPTIMAL else np.zeros(num_x)
-    reach = float(np.sort(reduced)[min(num_x - 1, CORE_VARIANTS * num_blocks)])
-    found: tuple[np.ndarray, float, bool] | None = None
-    while True:
-        core = np.concatenate([np.flatnonzero(reduced <= reach), np.arange(num_x, len(program.objective))])
-        beyond = math.inf if len(core) == len(program.objective) else relaxed.fun + reach
-        result = program.solve(core, relative_gap, max(0.1 * limit_seconds, end - time.perf_counter()))
-        if result.x is None:
-            if result.status != INFEASIBLE or beyond == math.inf:
-                break
-            reach = math.inf
-            continue
-        x = np.zeros(len(program.objective))
-        x[core] = result.x
-        found = x, min(result.mip_dual_bound, beyond), result.status == OPTIMAL
-        if result.status != OPTIMAL or result.fun - beyond <= relative_gap * abs(result.fun) + ABSOLUTE_GAP:
-            return found
-        # What is left out and could still be better than what was found.
-        reach = result.fun - relaxed.fun
-    require(
-        found is not None or result.status == INFEASIBLE,
-        f"search.time_limit_seconds={limit_seconds:g} passed before any choice was found ({result.message}); raise it",
-    )
-    return found and (found[0], found[1], False)
 
 
 def _undominated(problem: Problem, costs: np.ndarray) -> np.ndarray:
@@ -323,52 +289,41 @@ def _structure(problem: Problem, kept: np.ndarray, is_fused: bool) -> tuple[list
     return constraints, np.concatenate(merges)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep a line that the HiGHS in some versions of scipy prints from its C++ code, for debugging, off the console."""
-    try:
-        flush = ctypes.CDLL(None).fflush
-        sys.stdout.flush()
-        kept = os.dup(1)
-    except (OSError, TypeError, AttributeError):  # no such C library, or no standard output
-        yield
-        return
-    flush(None)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+def _is_within(problem: Problem, budgets: Sequence[Budget], solution: Solution) -> bool:
+    return all(problem.spent(solution.blocks, b.cost) <= b.limit + TOLERANCE * abs(b.limit) for b in budgets)
 
 
 def _explain(problem: Problem, budgets: Sequence[Budget], different_from: Sequence[Solution]) -> str:
     """One line: what cannot be reached, what can, what to relax."""
-    if different_from and _run(problem, problem.scores, budgets, (), relative_gap=1.0) is not None:
+    if any(_is_within(problem, budgets, solution) for solution in different_from):
         return (
             f"search: no further choice differs from {len(different_from)} solutions in "
             f"min_different_frac={problem.config.min_different_frac:g} of the blocks within the budgets; lower it"
         )
     alone = [(budget, least_cost(problem, budget.cost, ())) for budget in budgets]
     unreachable = [
-        f"{budget} is out of reach, the {budget.extreme} is {budget.setting(least)}"
-        for budget, least in alone
-        if least is not None and least > budget.limit * (1 + TOLERANCE)
+        f"{budget} is out of reach, the {budget.extreme} is {budget.setting(reach.value)}"
+        for budget, reach in alone
+        if reach.is_least and reach.value > budget.limit * (1 + TOLERANCE)
     ]
     if unreachable:
         return f"search.constraint: {'; '.join(unreachable)}, scores and other budgets aside; relax it, or widen space"
+    if not all(reach.is_least for _, reach in alone):
+        # Some may be out of reach by themselves.
+        what = "the budgets are out of reach together"
+    else:
+        what = "each budget is within reach, all together are not"
     facts = ", ".join(
-        f"{budget} (alone {'up' if budget.is_rate else 'down'} to {budget.setting(least)})"
-        for budget, least in alone
-        if least is not None
+        f"{budget} (alone {'up' if budget.is_rate else 'down'} to {budget.setting(reach.value)}"
+        f"{'' if reach.is_least else ' or beyond'})"
+        for budget, reach in alone
+        if reach.value < math.inf
     )
-    ways = []
-    for budget in budgets:
-        least = least_cost(problem, budget.cost, [other for other in budgets if other is not budget])
-        if least is not None:
-            ways.append(budget.setting(least))
-    way_out = f"keep the others and set {' or '.join(ways)}" if ways else "relax at least two of them"
-    return f"search.constraint: each budget is within reach, all together are not: {facts}; {way_out}, or widen space"
+    # What was found without a proof is within reach all the same.
+    beside = [
+        (budget, least_cost(problem, budget.cost, [other for other in budgets if other is not budget]))
+        for budget in budgets
+    ]
+    ways = [budget.setting(reach.value) for budget, reach in beside if reach.value < math.inf]
+    way_out = f"keep the others and set {' or '.join(ways)}" if ways else "relax several of them"
+    return f"search.constraint: {what}: {facts}; {way_out}, or widen space"

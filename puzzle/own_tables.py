@@ -36,8 +36,13 @@ class Scores:
     """One metric of every variant, block by block."""
     parent: tuple[str, ...] | None
     """The parent's own variant of every block; None where the file cannot say."""
-    is_conditional: bool = False
-    """Scores are of changes to another model than the parent."""
+    base: tuple[str, ...] | None = None
+    """The model that the scores are changes to, where it is not the parent."""
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether scores are of changes to another model than the parent."""
+        return self.base is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +144,7 @@ def scores_of(table: ScoreTable, metric: str) -> Scores:
     """
     by_block = table.by_block(metric)
     first = tuple(next(iter(row)) for row in by_block)
-    return Scores(
-        by_block=by_block, parent=first if table.base is None else None, is_conditional=table.base is not None
-    )
+    return Scores(by_block=by_block, parent=first if table.base is None else None, base=table.base)
 
 
 def read_costs(path: Path, scores: Scores) -> CostFile | tuple[Costs, ...]:

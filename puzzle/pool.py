@@ -1,8 +1,9 @@
 """Finished replacements by content, shared by all libraries: what one has trained, another takes as it is.
 
-The key of a replacement is a digest of all that its weights depend on: parent, data, training settings, seed, what is
-replaced, and the very tensors it starts from. A library that asks for one more width therefore trains that width alone,
-and no index or name can make it take something else. Files are written once, appear by one rename and carry a checksum
+The key of a replacement is a digest of all that its weights depend on, up to rounding: parent, data, training settings,
+seed, what is replaced, and where its first weights come from. It takes no tensor to form one, and neither the device
+nor the micro-batch is in it. A library that asks for one more width therefore trains that width alone, and no index or
+name can make it take something else. Files are written once, appear by one rename and carry a checksum
 of their own, so that any number of runs may share a directory and any file may be deleted at any time.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from puzzle.library import Replacement
 
-POOL_VERSION = 1
+POOL_VERSION = 2
 """Raise it when equal settings lead to other weights than before."""
 
 _RECORD = "record"
@@ -47,17 +48,15 @@ class ReplacementPool:
 
     directory: Path
     facts: Mapping[str, Any]
-    """JSON values that the weights depend on beside the replacement and its init: fingerprints of parent and data,
+    """JSON values that the weights depend on beside the replacement and its origin: fingerprints of parent and data,
     settings of training, precision, seed."""
 
-    def key(self, replacement: Replacement, init: Mapping[str, Tensor]) -> str:
-        """Digest of all that the finished weights of ``replacement`` depend on; ``init`` is what it starts from."""
-        facts = {
-            "version": POOL_VERSION,
-            **self.facts,
-            "replacement": replacement.name,
-            "init": _digest("", init),
-        }
+    def key(self, replacement: Replacement, origin: Mapping[str, Any]) -> str:
+        """Digest of all that the finished weights of ``replacement`` depend on.
+
+        ``origin``: of :meth:`puzzle.child_init.Init.origin`, where its first weights come from.
+        """
+        facts = {"version": POOL_VERSION, **self.facts, "replacement": replacement.name, "origin": origin}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def take(self, key: str, destination: Path) -> Outcome | None:
@@ -97,6 +96,20 @@ class ReplacementPool:
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a finished replacement's file, key and tensors, as it says of itself: no tensor is read.
+
+    Raises:
+        ValueError: it is no file that a pool has written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest: str = json.loads((file.metadata() or {})[_RECORD])["sha256"]
+            return digest
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of a library ({type(error).__name__}); build the library again") from error
 
 
 def _link(source: Path, destination: Path) -> None:

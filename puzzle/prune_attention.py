@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from distill.config import require
 from puzzle.model.architecture import NO_ATTENTION, Architecture, BlockConfig, require_sequential
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer
+from puzzle.model.checkpoint import TensorReader, copy_checkpoint, copy_tokenizer
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
-from puzzle.model.tensor_layout import EMBEDDING, tensor_shapes
 from puzzle.score import Scores, score_variants
 from puzzle.slices import ParentSlice
 from puzzle.space import block_indices
@@ -107,9 +105,8 @@ def remove_attentions(model_dir: Path, architecture: Architecture, removed: tupl
     pruned = architecture
     for index in removed:
         pruned = pruned.with_block(index, replace(architecture.blocks[index], attention=NO_ATTENTION))
-    with TensorReader(model_dir) as reader, CheckpointWriter(out, pruned, dtype=reader.dtype(EMBEDDING)) as writer:
-        for name in tqdm(tensor_shapes(pruned), desc="remove attentions", unit="tensor", leave=False):
-            writer.add(name, reader.read(name))
+    with TensorReader(model_dir) as reader:
+        copy_checkpoint(reader, out, pruned)
     copy_tokenizer(model_dir, out)
     return pruned
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from distill.distributed import gather_objects, is_main
+from distill.engine.base import expect_shapes
 from puzzle.blockwise import build_block, precision
 from puzzle.library import inherited_names
 from puzzle.model.architecture import Architecture, BlockConfig
@@ -71,15 +72,16 @@ class ReplacementRuns:
         self._replaced_tensors = replaced_tensors
         self._num_sequences = len(sequences)
         self._compile = compile
+        self._num_shapes = 0
         self._attention_inputs: dict[int, dict[str, Any]] = {}
-        self._base = tuple(architecture.blocks)
-        self._base_blocks = self._compiled(self._base)
         self._batches: list[_Batch] = []
-        self._at_entry = True
         share = sequences[parent.replica :: parent.num_replicas]
         largest_batch = max(1, min(batch_size, len(share)))
         self._variants_per_forward = max(1, batch_size // largest_batch)
         self._group_state_bytes = 2 * 4 * largest_batch * sequences.shape[1] * architecture.hidden_dim
+        self._base = tuple(architecture.blocks)
+        self._base_blocks = self._compiled(self._base)
+        self._at_entry = True
         with self._running():
             values = [self._run_parent(ids.to(parent.device)) for ids in share.split(batch_size) if len(ids) > 0]
         self.parent_values = self._gathered([_joined(values, num_models=1)])
@@ -206,6 +208,9 @@ class ReplacementRuns:
         """This slice's part of ``blocks``; compiled, if asked for, because they run once per variant."""
         own = [self._block(index, blocks[index]) for index in self._parent.blocks]
         if self._compile:
+            # Every block of every base, for one variant or several at once, in a full and in the last batch.
+            self._num_shapes += len(own) * self._variants_per_forward * 2
+            expect_shapes(self._num_shapes)
             for block in own:
                 block.compile(dynamic=False)
         return own

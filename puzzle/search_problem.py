@@ -8,7 +8,7 @@ blocks. Where the search is aware of fusion, a latency is less what the merges s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import groupby
@@ -35,17 +35,27 @@ INGREDIENTS = {
 
 
 class InfeasibleError(ValueError):
-    """No choice of variants meets the budgets."""
+    """No choice of variants meets the budgets.
+
+    Which budget is to blame takes further searches, so the reason may be a function, called when the message is read.
+    """
+
+    def __init__(self, reason: str | Callable[[], str]) -> None:
+        super().__init__(reason)
+        self._reason = reason
+
+    def __str__(self) -> str:
+        if not isinstance(self._reason, str):
+            self._reason = self._reason()
+        return self._reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusionRule:
-    """How the later fusion groups the attention-free blocks of a model."""
+    """How the later fusion groups the attention-free blocks of a model; fields as in ``FuseConfig``."""
 
     leave_last_out: bool = True
-    """The last FFN of every run stays alone."""
     min_length: int = 2
-    """Shortest group."""
 
     def num_merges(self, attention_free: Iterable[bool]) -> int:
         """Merges of two neighbouring FFNs that the rule makes, given which blocks are attention-free, in order."""
@@ -187,6 +197,8 @@ class Problem:
     costs: Costs
     config: SearchConfig
     fusion: FusionRule
+    base: tuple[str, ...]
+    """Variants of the model that the scores are changes to: the parent, or what conditional scores were measured on."""
 
     @property
     def num_blocks(self) -> int:
@@ -219,6 +231,11 @@ class Problem:
         """What a merge takes off ``cost`` in the eyes of the search; 0 where it is not aware of fusion."""
         return self.costs.merge_saving_ms.get(cost, 0.0) if self.config.fusion_aware else 0.0
 
+    def is_saving_known(self, cost: str) -> bool:
+        """Whether the search knows what a merge takes off ``cost``, or need not: no time, nothing fused, not aware."""
+        savings = self.costs.merge_saving_ms
+        return not (cost.endswith("_ms") and self.config.fusion_aware and savings) or cost in savings
+
     def num_merges(self, blocks: Sequence[str]) -> int:
         """Merges that the later fusion makes of a model given by its variants."""
         return self.fusion.num_merges(map(is_attention_free, blocks)) if self.costs.merge_saving_ms else 0
@@ -235,7 +252,7 @@ def build_problem(
     config: SearchConfig,
     *,
     fusion: FusionRule | None = None,
-    is_conditional: bool = False,
+    base: Sequence[str] | None = None,
 ) -> Problem:
     """Lay out the candidates.
 
@@ -245,7 +262,8 @@ def build_problem(
         parent: the parent's own variant of every block.
         config: what is minimised under which limits.
         fusion: how the later fusion groups.
-        is_conditional: scores are of changes to another model than the parent, whose variants may be absent then.
+        base: the model that conditional scores are changes to, whose variants take the place of the parent's, which
+            may be absent then; None: the parent.
 
     Raises:
         ValueError: scores, costs and parent do not cover the same blocks and variants.
@@ -254,11 +272,10 @@ def build_problem(
         len(scores) == len(parent) == len(costs.blocks),
         f"scores cover {len(scores)} blocks, the parent of the costs has {len(parent)}; take both from one parent",
     )
-    for block, (row, own) in enumerate(zip(scores, parent, strict=True)):
-        require(
-            own in row or is_conditional,
-            f"scores: block {block} lacks the parent's own variant {own}; it has {', '.join(row)}",
-        )
+    what = "parent's own variant" if base is None else "base's variant"
+    base = tuple(parent if base is None else base)
+    for block, (row, own) in enumerate(zip(scores, base, strict=True)):
+        require(own in row, f"scores: block {block} lacks the {what} {own}; it has {', '.join(row)}")
     variants = tuple((block, variant) for block, row in enumerate(scores) for variant in row)
     problem = Problem(
         variants=variants,
@@ -267,6 +284,7 @@ def build_problem(
         costs=costs,
         config=config,
         fusion=fusion or FusionRule(),
+        base=base,
     )
     assert all(variant in costs.blocks[block] for block, variant in variants)
     problem.is_free  # noqa: B018  names that fusion must read are refused here, before the solver starts
@@ -306,6 +324,12 @@ def budgets_of(
             continue
         where = f"search.constraint.{key}"
         costs.require_known(cost, reason=where)
+        require(
+            problem.is_saving_known(cost),
+            f"{where} is a budget on {cost}, of which the row `merge` does not say what a merge saves (only of "
+            f"{', '.join(costs.merge_saving_ms)}); add {INGREDIENTS.get(cost, cost)} there, or set "
+            "search.fusion_aware=false",
+        )
         is_rate = key.startswith("throughput")
         if is_rate:
             require(costs.generated_tokens is not None, f"{where} needs the column generated_tokens of the costs")
@@ -354,16 +378,13 @@ def solution_of(
     """The record of a choice: one variant per block."""
     score_of = dict(zip(problem.variants, problem.scores, strict=True))
     costs, merges = problem.costs.total(blocks), problem.num_merges(blocks)
-    latency_ms = costs.get(problem.latency)
+    latency_ms, saving_ms = costs.get(problem.latency), problem.costs.merge_saving_ms.get(problem.latency)
+    is_known = latency_ms is not None and (merges == 0 or saving_ms is not None)
     return Solution(
         blocks=tuple(blocks),
         score=math.fsum(score_of[key] for key in enumerate(blocks)),
         costs=costs,
-        predicted_fused_latency_ms=(
-            None
-            if latency_ms is None
-            else latency_ms - merges * problem.costs.merge_saving_ms.get(problem.latency, 0.0)
-        ),
+        predicted_fused_latency_ms=(latency_ms or 0.0) - merges * (saving_ms or 0.0) if is_known else None,
         num_merges=merges,
         status=status,
         mip_gap=mip_gap,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
 
 from distill.config import require
 from puzzle.config import SpaceConfig
@@ -93,7 +96,8 @@ def ffn_variants(parent: Architecture, index: int, space: SpaceConfig) -> tuple[
         return (own,)
     variants = [own]
     if own.ffn_dim is not None:
-        widths = (round_up_ffn_dim(frac * own.ffn_dim) for frac in space.ffn_fracs)
+        # As written, not as the nearest binary fraction: 0.55 x 25600 is 14080 channels, in floats a little more.
+        widths = (round_up_ffn_dim(math.ceil(Fraction(str(frac)) * own.ffn_dim)) for frac in space.ffn_fracs)
         variants.extend(FFNConfig(ffn_dim=width) for width in widths if width < own.ffn_dim)
         if space.ffn_linear:
             variants.append(FFNConfig(kind="linear"))
@@ -109,7 +113,7 @@ def block_variants(parent: Architecture, index: int, space: SpaceConfig) -> tupl
         ValueError: see :func:`attention_variants` and :func:`ffn_variants`.
     """
     return tuple(
-        BlockConfig(attention=attention, ffn=ffn, parent_block_indices=parent.blocks[index].parent_block_indices)
+        replace(parent.blocks[index], attention=attention, ffn=ffn)
         for attention in attention_variants(parent, index, space)
         for ffn in ffn_variants(parent, index, space)
     )

@@ -229,6 +229,8 @@ class CostTable:
     ffn_merge_saving: MergeSaving
     clamped: tuple[str, ...] = ()
     """Measurements that came out below 0 time and again and stand as 0, for example ``ffn w256 decode_ms``."""
+    all_reduce: Literal["measured", "modelled"] | None = None
+    """Where the all-reduces in the times come from; None: there are none, or the source times them with the rest."""
 
     def __post_init__(self) -> None:
         _require_unique(((row.subblock, row.variant) for row in self.subblocks), "costs")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 
@@ -18,28 +19,33 @@ from launch.artifact import fingerprinted_config, require_made_from
 from launch.registry import BuildLibraryStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
-from puzzle.bld import Init, distill_library
-from puzzle.child_init import checkpoint_init
+from puzzle.bld import distill_library
+from puzzle.child_init import CheckpointInit, Init, LibraryInit
+from puzzle.config import LibraryConfig
 from puzzle.group_training import BldSettings
 from puzzle.importance import measure_rankings
-from puzzle.library import BlockLibrary, Variants, crossed_variants, library_init, library_replacements
+from puzzle.library import BlockLibrary, Variants, crossed_variants, library_replacements
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING
 from puzzle.pool import ReplacementPool
+from puzzle.ranking_pool import RankingPool
 from puzzle.slices import ParentSlice, load_slice
 from puzzle.space import block_variants
 
 POOL_DIR = "replacements"
+RANKINGS_DIR = "rankings"
 
-IN_THE_INIT = ("mode", "ffn_importance", "importance_rounds", "kv_init")
-"""Settings that change a replacement's first weights or its name, both of which are in its key, and nothing else."""
+KEYED_APART = ("mode", "ffn_importance", "importance_rounds", "kv_init", "max_attentions", "max_ffns")
+"""Settings that decide which replacements there are and where they start, both of which a key names, and nothing
+else."""
 
 
 def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Importance, child init, BLD. Writes ``library.json``, ``replacements/`` and ``metrics.jsonl``."""
     if "library" in inputs:
         require_made_from(inputs["library"], "parent", inputs["parent"], what="library")
+    _require_solution(config.library, inputs)
     parent_dir, train = inputs["parent"].path, config.library.bld
     architecture = read_architecture(parent_dir)
     variants = _variants(config, inputs, architecture)
@@ -72,7 +78,7 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
             library,
             parent,
             replacements,
-            _init(config, inputs, reader, architecture, parent, calibration[:num_ranking], settings.micro_batch),
+            _init(config, inputs, context, reader, parent, calibration[:num_ranking], settings.micro_batch),
             settings,
             pool=ReplacementPool(directory=context.pool / POOL_DIR, facts=_facts(config, inputs)),
             resume_dir=context.resume,
@@ -87,35 +93,70 @@ def _variants(config: BuildLibraryStage, inputs: Inputs, parent: Architecture) -
     if "solution" not in inputs:
         return variants
     found = read_solution(inputs["solution"], inputs["parent"])
-    chosen = {name for row in [*found["solutions"], *found["pareto"]] for name in row["blocks"]}
-    return crossed_variants(variants, chosen)
+    children = dict.fromkeys(tuple(row["blocks"]) for row in [*found["solutions"], *found["pareto"]])
+    return crossed_variants(
+        variants,
+        (name for blocks in children for name in blocks),
+        max_attentions=config.library.max_attentions,
+        max_ffns=config.library.max_ffns,
+    )
+
+
+def _require_solution(library: LibraryConfig, inputs: Inputs) -> None:
+    for name in ("max_attentions", "max_ffns"):
+        value = getattr(library, name)
+        require(
+            value is None or "solution" in inputs,
+            f"library.{name}={value} keeps what the solutions of a search use most; give the input `solution`, or set "
+            f"library.{name}=null",
+        )
 
 
 def _init(
     config: BuildLibraryStage,
     inputs: Inputs,
+    context: StageContext,
     reader: TensorReader,
-    architecture: Architecture,
     parent: ParentSlice,
     ranking_sequences: Tensor,
     micro_batch: int,
 ) -> Init:
     """First weights: from an earlier library where there is one, else from the parent's."""
-    if "library" not in inputs:
-        rankings = measure_rankings(parent, ranking_sequences, batch_size=micro_batch, config=config.library)
-        return checkpoint_init(reader, architecture, rankings, config.library.kv_init)
-    earlier = BlockLibrary.open(inputs["library"].path)
-    earlier.require_parent(architecture)
-    return library_init(earlier, reader)
+    architecture = read_architecture(inputs["parent"].path)
+    if "library" in inputs:
+        earlier = BlockLibrary.open(inputs["library"].path)
+        earlier.require_parent(architecture)
+        return LibraryInit(earlier, reader)
+    pool = RankingPool(directory=context.pool / RANKINGS_DIR, facts=_ranking_facts(config, inputs))
+    rankings = pool.rankings(
+        parent,
+        architecture,
+        config.library,
+        lambda: measure_rankings(parent, ranking_sequences, batch_size=micro_batch, config=config.library),
+    )
+    return CheckpointInit(reader, architecture, rankings, config.library.kv_init)
 
 
-def _facts(config: BuildLibraryStage, inputs: Inputs) -> dict[str, object]:
-    """What the weights of a replacement depend on beside what it is and what it starts from."""
-    library = fingerprinted_config(config.library)
+def _ranking_facts(config: BuildLibraryStage, inputs: Inputs) -> dict[str, Any]:
+    """What a ranking depends on beside what is ranked by which criterion."""
     return {
         "parent": inputs["parent"].manifest.fingerprint,
         "data": inputs["data"].manifest.fingerprint,
-        "library": {name: value for name, value in library.items() if name not in IN_THE_INIT},
+        "precision": config.engine.precision,
+        "importance_sequences": config.library.importance_sequences,
+        "seq_len": config.library.bld.seq_len,
+    }
+
+
+def _facts(config: BuildLibraryStage, inputs: Inputs) -> dict[str, Any]:
+    """What the weights of a replacement depend on beside what it is and where it starts."""
+    library = {name: value for name, value in fingerprinted_config(config.library).items() if name not in KEYED_APART}
+    # How often the error is looked at changes the curve, not the weights.
+    library["bld"] = {name: value for name, value in library["bld"].items() if name != "eval_every_tokens"}
+    return {
+        "parent": inputs["parent"].manifest.fingerprint,
+        "data": inputs["data"].manifest.fingerprint,
+        "library": library,
         "precision": config.engine.precision,
         "seed": config.seed,
     }

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from distill.config import require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
-from launch.artifact import require_made_from
+from launch.artifact import Artifact, require_made_from
 from launch.registry import CheckAdditivityStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
@@ -26,11 +25,15 @@ from puzzle.additivity import (
     search_children,
 )
 from puzzle.assemble import child_architecture
+from puzzle.config import ScoreConfig
 from puzzle.library import BlockLibrary
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.slices import ParentSlice
 from puzzle.tables import ScoreTable
+
+SAMPLE = ("num_sequences", "seq_len", "skip_sequences")
+"""Settings of the scores that say which tokens they are measured on."""
 
 
 def run(config: CheckAdditivityStage, inputs: Inputs, context: StageContext) -> StageResult:
@@ -42,12 +45,7 @@ def run(config: CheckAdditivityStage, inputs: Inputs, context: StageContext) -> 
     library = BlockLibrary.open(inputs["library"].path)
     library.require_parent(architecture)
     scores = ScoreTable.read(inputs["scores"].path / "scores.json")
-    asked = settings.num_sequences * settings.seq_len
-    require(
-        asked == scores.num_tokens,
-        f"scores.num_sequences x scores.seq_len is {asked} tokens, the scores were measured on {scores.num_tokens}; "
-        "give the values of the score_library step, for example in the pipeline's overrides",
-    )
+    _require_same_tokens(settings, inputs["scores"])
     children = search_children(read_solution(inputs["solution"], inputs["parent"]))
     children += random_children(scores, architecture, config.additivity.num_random_children, seed=config.seed)
     _require_served(children, library, architecture)
@@ -70,6 +68,20 @@ def run(config: CheckAdditivityStage, inputs: Inputs, context: StageContext) -> 
     content = {**result.metrics, "num_tokens": scores.num_tokens, "rows": [asdict(row) for row in rows]}
     (context.out / "additivity.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return result
+
+
+def _require_same_tokens(settings: ScoreConfig, scores: Artifact) -> None:
+    """A sum of scores and a child's KLD can be compared on one sample of text alone."""
+    used = scores.manifest.config["scores"]
+    different = [name for name in SAMPLE if getattr(settings, name) != used[name]]
+    if different:
+        asked, measured = (
+            ", ".join(f"scores.{name}={value[name]}" for name in different) for value in (vars(settings), used)
+        )
+        raise ValueError(
+            f"{asked} is another sample than that of the scores, which were measured with {measured}; give the values "
+            "of the score_library step, for example in the pipeline's overrides"
+        )
 
 
 def _require_served(children: Sequence[Child], library: BlockLibrary, architecture: Architecture) -> None:

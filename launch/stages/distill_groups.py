@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from fusion.config import Norm
 from fusion.group_distillation import GroupOutcome, distill_groups, learning_blocks
 from fusion.grouping import Group, format_groups, fused_architecture, fusion_groups, validate_groups
 from launch.artifact import require_made_from
+from launch.fusion_inputs import FUSION_NAME, measured
 from launch.registry import DistillGroupsStage
 from launch.stage import Inputs, StageContext, StageResult
-from launch.stages.fuse import FUSION_NAME, measured
 from launch.store import json_metrics
 from puzzle.group_training import BldSettings
 from puzzle.model.architecture import Architecture, require_sequential
@@ -29,6 +29,8 @@ from puzzle.model.tensor_layout import EMBEDDING
 from puzzle.slices import ParentSlice
 
 DISTILLATION_NAME = "group_distillation.json"
+BEFORE_DISTILLATION = "_before_distillation"
+"""Suffix of what ``fusion.json`` says of fused FFNs that still were the parallel sum of their members."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ class Plan:
 def run(config: DistillGroupsStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Train the fused FFNs of input ``fused``; without it, the members of the groups that ``config.fuse`` chooses.
 
-    Writes the model and ``metrics.jsonl``; with ``fused`` its ``fusion.json``, the errors added under ``distilled``,
-    otherwise ``group_distillation.json`` with groups and errors. Dependency and group scores serve the choice of groups
-    alone.
+    Writes the model and ``metrics.jsonl``; with ``fused`` its ``fusion.json``, the errors added under ``distilled`` and
+    what was measured of the untrained fused FFNs renamed (:data:`BEFORE_DISTILLATION`), otherwise
+    ``group_distillation.json`` with groups and errors. Dependency and group scores serve the choice of groups alone.
     """
     model_dir = inputs["model"].path
     architecture = read_architecture(model_dir)
@@ -154,11 +156,22 @@ def _settings(config: DistillGroupsStage, inputs: Inputs, architecture: Architec
 def _write_outcomes(config: DistillGroupsStage, plan: Plan, outcomes: Sequence[GroupOutcome], out: Path) -> None:
     rows = [asdict(outcome) for outcome in outcomes]
     if plan.fusion is not None:
-        name, content = FUSION_NAME, plan.fusion | {"distilled": rows}
+        name, content = FUSION_NAME, _no_longer_holds(plan.fusion) | {"distilled": rows}
     else:
         weight = config.group_distillation.sequential_weight
         name, content = DISTILLATION_NAME, {"groups": rows, "norm": plan.norm, "sequential_weight": weight}
     (out / name).write_text(json.dumps(json_metrics(content), indent=1) + "\n")
+
+
+def _no_longer_holds(fusion: Mapping[str, Any]) -> dict[str, Any]:
+    """``fusion.json`` with the verification and the groups' divergences under names that say when they were taken."""
+    groups = [_renamed(group, "kld") for group in fusion["groups"]]
+    return _renamed(fusion, "verify") | {"groups": groups}
+
+
+def _renamed(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """It has the new name already where the model was distilled before."""
+    return {name + BEFORE_DISTILLATION if key == name else key: value for key, value in record.items()}
 
 
 def _result(plan: Plan, outcomes: Sequence[GroupOutcome], *, tokens: int) -> StageResult:

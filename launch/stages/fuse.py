@@ -11,13 +11,10 @@ from typing import Any
 from distill.config import require
 from fusion.config import FuseConfig
 from fusion.controls import ffns_to_remove, removal_saved_ms, remove_ffns, reverse_groups
-from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from fusion.fuse import fuse_checkpoint
-from fusion.group_table import JSON_NAME as TABLE_NAME
 from fusion.group_table import GroupTable
 from fusion.grouping import (
     Group,
-    Matrix,
     block_spans,
     format_groups,
     fusion_groups,
@@ -26,26 +23,27 @@ from fusion.grouping import (
     member_widths,
 )
 from fusion.verify import GroupErrors, verify_fusion
-from launch.artifact import require_made_from
+from launch.fusion_inputs import FUSION_NAME, Measured, measured
 from launch.registry import FuseStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, copy_tokenizer, has_tokenizer, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING
 
-FUSION_NAME = "fusion.json"
 DURATIONS = {"decode": "per decoded token", "prefill": "of prefill", "request": "per request"}
 """What a latency of ``fuse.latency`` is the time of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was measured on the unfused model before."""
+class Removal:
+    """What went with the FFNs of ``Treated.removed``."""
 
-    matrix: Matrix | None
-    """Dependency matrix."""
-    table: GroupTable | None
-    """Scores of its groups."""
+    removed_ms: float
+    """Of ``fuse.latency``, summed over them."""
+    removal_kld_sum: float
+    """Of their removals one by one, nats per token."""
+    target_ms: float | None
+    """What fusing the groups instead would save; None where that was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +55,14 @@ class Treated:
     """Blocks of the unfused model that are gone, the cheapest first."""
     errors: tuple[GroupErrors, ...] = ()
     """Of every fused FFN."""
+    removal: Removal | None = None
+    """What the removal did to it; None under another treatment."""
 
     @property
     def worst(self) -> dict[str, float]:
         """Largest error of any fused FFN; empty where nothing was fused."""
-        names = ("max_relative_error_fp32", "max_relative_error_fp64") if self.errors else ()
-        return {name: max(getattr(error, name) for error in self.errors) for name in names}
+        names = ("max_relative_error_fp32", "max_relative_error_fp64", "max_relative_rounding")
+        return {name: max(getattr(error, name) for error in self.errors) for name in names if self.errors}
 
 
 def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult:
@@ -81,17 +81,19 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
     copy_tokenizer(model_dir, context.out)
 
     records = _records(config.fuse, unfused, groups, found)
+    removal = asdict(treated.removal) if treated.removal else {}
     content = {
         "groups": records,
         "norm": config.fuse.norm,
         "treatment": config.fuse.treatment,
         "latency": config.fuse.latency,
         "removed": list(treated.removed),
+        **removal,
         "verify": {**treated.worst, "groups": [asdict(error) for error in treated.errors]} if treated.errors else {},
     }
     (context.out / FUSION_NAME).write_text(json.dumps(content, indent=1) + "\n")
     return StageResult(
-        headline=_headline(config.fuse, unfused, treated, records, found.table),
+        headline=_headline(config.fuse, unfused, treated, records),
         metrics={
             "num_blocks_before": unfused.num_blocks,
             "num_blocks": treated.architecture.num_blocks,
@@ -101,25 +103,10 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
             "groups": records,
             "kld_sum": _sum(records, "kld"),
             "saved_ms": _sum(records, "saved_ms"),
+            **removal,
             **treated.worst,
         },
     )
-
-
-def measured(inputs: Inputs) -> Measured:
-    """Dependency matrix and group scores, where given.
-
-    Raises:
-        ValueError: one of them is of another model.
-    """
-    matrix = table = None
-    if "dependency" in inputs:
-        require_made_from(inputs["dependency"], "model", inputs["model"], what="dependency matrix")
-        matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
-    if "group_scores" in inputs:
-        require_made_from(inputs["group_scores"], "model", inputs["model"], what="table of group scores")
-        table = GroupTable.read(inputs["group_scores"].path / TABLE_NAME)
-    return Measured(matrix=matrix, table=table)
 
 
 def _treat(config: FuseConfig, model_dir: Path, out: Path, groups: Sequence[Group], measured: Measured) -> Treated:
@@ -128,8 +115,18 @@ def _treat(config: FuseConfig, model_dir: Path, out: Path, groups: Sequence[Grou
     if config.treatment == "remove":
         table = measured.table
         assert table is not None
-        removed = ffns_to_remove(read_architecture(model_dir), groups, table, config)
-        return Treated(architecture=remove_ffns(model_dir, out, removed), removed=removed)
+        unfused = read_architecture(model_dir)
+        removed = ffns_to_remove(unfused, groups, table, config)
+        saved_ms = [_saved_ms(config, unfused, group, table) for group in groups]
+        return Treated(
+            architecture=remove_ffns(model_dir, out, removed),
+            removed=removed,
+            removal=Removal(
+                removed_ms=removal_saved_ms(unfused, removed, table, config),
+                removal_kld_sum=sum(table.removal(index).kld for index in removed),
+                target_ms=_total(saved_ms),
+            ),
+        )
     fused = fuse_checkpoint(model_dir, out, groups, config.norm)
     return Treated(architecture=fused, errors=verify_fusion(model_dir, out, groups, config.norm))
 
@@ -137,9 +134,12 @@ def _treat(config: FuseConfig, model_dir: Path, out: Path, groups: Sequence[Grou
 def _records(
     config: FuseConfig, unfused: Architecture, groups: Sequence[Group], measured: Measured
 ) -> list[dict[str, Any]]:
-    """What is known of every group, null where it was not measured."""
+    """What is known of every group, null where it was not measured. What fusing it costs and saves says nothing of a
+    model in which it is not fused, and is null there too."""
+    is_fused = config.treatment == "fuse"
     spans = block_spans(unfused.num_blocks, groups)
-    klds = {(score.first, score.last): score.kld for score in (measured.table.groups if measured.table else ())}
+    table = measured.table if is_fused else None
+    klds = {(score.first, score.last): score.kld for score in (table.groups if table else ())}
     return [
         {
             "first": first,
@@ -148,10 +148,10 @@ def _records(
                 index for block in unfused.blocks[first : last + 1] for index in block.parent_block_indices
             ],
             "ffn_dim": group_width(unfused, (first, last)),
-            "block": spans.index((first, last)) if config.treatment == "fuse" else None,
+            "block": spans.index((first, last)) if is_fused else None,
             "largest_dependency": largest_dependency(measured.matrix, (first, last)) if measured.matrix else None,
             "kld": klds.get((first, last)),
-            "saved_ms": _saved_ms(config, unfused, (first, last), measured.table),
+            "saved_ms": _saved_ms(config, unfused, (first, last), table),
         }
         for first, last in groups
     ]
@@ -165,23 +165,21 @@ def _saved_ms(config: FuseConfig, unfused: Architecture, group: Group, table: Gr
 
 
 def _sum(records: Sequence[dict[str, Any]], name: str) -> float | None:
-    values = [record[name] for record in records]
-    return None if None in values else sum(values)
+    return _total([record[name] for record in records])
 
 
-def _headline(
-    config: FuseConfig,
-    unfused: Architecture,
-    treated: Treated,
-    records: Sequence[dict[str, Any]],
-    table: GroupTable | None,
-) -> str:
+def _total(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _headline(config: FuseConfig, unfused: Architecture, treated: Treated, records: Sequence[dict[str, Any]]) -> str:
     depth = f"{unfused.num_blocks} -> {treated.architecture.num_blocks} blocks"
-    if config.treatment == "remove":
-        assert table is not None
-        return f"{_removal(config, unfused, treated, records, table)}; {depth}"
     num_members = sum(record["last"] - record["first"] + 1 for record in records)
     members = format_groups([(record["first"], record["last"]) for record in records])
+    if treated.removal is not None:
+        return f"{_removal(config, treated.removed, treated.removal, num_members, members)}; {depth}"
     if config.treatment == "reverse":
         return f"order of {num_members} FFNs reversed within blocks {members}; nothing fused"
     dependencies = [record["largest_dependency"] for record in records if record["largest_dependency"] is not None]
@@ -205,21 +203,11 @@ def _gain_and_cost(config: FuseConfig, records: Sequence[dict[str, Any]]) -> lis
     return saved + ([] if kld is None else [f"KLD of the groups one by one sums to {kld:.3g}"])
 
 
-def _removal(
-    config: FuseConfig,
-    unfused: Architecture,
-    treated: Treated,
-    records: Sequence[dict[str, Any]],
-    table: GroupTable,
-) -> str:
-    groups = [(record["first"], record["last"]) for record in records]
-    blocks = ", ".join(map(str, sorted(treated.removed)))
-    removed_ms = removal_saved_ms(unfused, treated.removed, table, config)
-    target_ms = _sum(records, "saved_ms")
-    fusing = "" if target_ms is None else f" where fusing {format_groups(groups)} would save {target_ms:.3g}"
-    num_members = sum(last - first + 1 for first, last in groups)
+def _removal(config: FuseConfig, removed: Sequence[int], removal: Removal, num_members: int, members: str) -> str:
+    blocks = ", ".join(map(str, sorted(removed)))
+    fusing = "" if removal.target_ms is None else f" where fusing {members} would save {removal.target_ms:.3g}"
     return (
-        f"{len(treated.removed)} of {num_members} FFNs removed (blocks {blocks}), "
-        f"{removed_ms:.3g} ms less {DURATIONS[config.latency]}{fusing}; "
-        f"KLD of the removals one by one sums to {sum(table.removal(index).kld for index in treated.removed):.3g}"
+        f"{len(removed)} of {num_members} FFNs removed (blocks {blocks}), "
+        f"{removal.removed_ms:.3g} ms less {DURATIONS[config.latency]}{fusing}; "
+        f"KLD of the removals one by one sums to {removal.removal_kld_sum:.3g}"
     )

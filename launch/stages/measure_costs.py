@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from distill import distributed
 from distill.engine.base import resolve_device
@@ -95,7 +95,7 @@ def _makers(
     """What makes a table, by source."""
 
     def measured(workload: WorkloadConfig) -> CostTable:
-        return measured_table(
+        table = measured_table(
             parent,
             subblocks,
             workload=workload,
@@ -104,9 +104,10 @@ def _makers(
             hardware=hardware(config)["device"],
             all_reduce=all_reduce or modelled_all_reduce(rates, workload.tensor_parallel),
         )
+        return _with_origin(table, "measured" if all_reduce else "modelled")
 
     def analytic(workload: WorkloadConfig) -> CostTable:
-        return analytic_table(parent, subblocks, workload=workload, hardware=rates)
+        return _with_origin(analytic_table(parent, subblocks, workload=workload, hardware=rates), "modelled")
 
     def vllm(workload: WorkloadConfig) -> CostTable:
         from puzzle.vllm_costs import vllm_table
@@ -115,6 +116,10 @@ def _makers(
         return vllm_table(parent, subblocks, workload=workload, config=config.costs, hardware=here)
 
     return {"measured": measured, "analytic": analytic, "vllm": vllm}
+
+
+def _with_origin(table: CostTable, all_reduce: Literal["measured", "modelled"]) -> CostTable:
+    return replace(table, all_reduce=all_reduce) if table.workload.tensor_parallel > 1 else table
 
 
 def _compared(file: CostFile) -> list[ComparedCost]:
@@ -133,9 +138,10 @@ def _result(
     attention_ms = sum(table.subblock("attention", block.attention.name).decode_ms for block in parent.blocks)
     attention_frac = attention_ms / total.decode_ms if total.decode_ms else 0.0
     off = {phase: median_error(compared, phase) for phase in ("prefill", "decode")}
+    served = serving(vars(table.workload)) + (f", all-reduce {table.all_reduce}" if table.all_reduce else "")
     headline = (
         f"decode {total.decode_ms:.3g} ms, prefill {total.prefill_ms:.3g} ms, {num_bytes(total.memory_bytes)} parent "
-        f"({table.source}, {table.hardware}, {serving(vars(table.workload))}), "
+        f"({table.source}, {table.hardware}, {served}), "
         f"attention {attention_frac:.0%} of decode"
     )
     if off["decode"] is not None:
@@ -146,6 +152,7 @@ def _result(
         "parent_memory_bytes": total.memory_bytes,
         "attention_decode_frac": attention_frac,
         "source": table.source,
+        "all_reduce": table.all_reduce,
         "workload": vars(table.workload),
         "analytic_median_relative_difference": off,
         "clamped": [f"batch {t.workload.batch_size}: {name}" for t in file.tables for name in t.clamped],

@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from distill.config import require
 from fusion.block_parallel import Window, choose_windows, parallel_architecture, parallelize_checkpoint
 from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from launch.artifact import require_made_from
 from launch.registry import ParallelizeBlocksStage
 from launch.stage import Inputs, StageContext, StageResult
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import read_architecture
+from puzzle.model.checkpoint import copy_tokenizer, has_tokenizer, read_architecture
 
 PARALLEL_NAME = "parallel.json"
 
@@ -20,6 +21,7 @@ PARALLEL_NAME = "parallel.json"
 def run(config: ParallelizeBlocksStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Choose the windows and write the model with them; ``parallel.json`` beside it names them in order of choice."""
     model_dir, matrix = inputs["model"].path, None
+    require(has_tokenizer(model_dir), f"{model_dir} has no tokenizer, and the result needs one; make it anew")
     if "dependency" in inputs:
         require_made_from(inputs["dependency"], "model", inputs["model"], what="dependency matrix")
         matrix = json.loads((inputs["dependency"].path / DEPENDENCY_NAME).read_text())["matrix"]
@@ -28,6 +30,7 @@ def run(config: ParallelizeBlocksStage, inputs: Inputs, context: StageContext) -
     parallel = parallel_architecture(sequential, windows)
 
     parallelize_checkpoint(model_dir, context.out, parallel)
+    copy_tokenizer(model_dir, context.out)
     content = _content(windows)
     (context.out / PARALLEL_NAME).write_text(json.dumps(content, indent=1) + "\n")
     return StageResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,8 @@ from distill.config import require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
-from fusion.group_scores import measure_ffns, score_groups, scored_groups, timed_widths
+from fusion.ffn_latency import all_reduce_ms, measure_ffns, timed_widths
+from fusion.group_scores import score_groups, scored_groups
 from fusion.group_table import JSON_NAME, FFNLatency, GroupScore, GroupTable
 from fusion.grouping import Group
 from launch.externals import hardware
@@ -30,6 +32,7 @@ def run(config: ScoreGroupsStage, inputs: Inputs, context: StageContext) -> Stag
     architecture, device = read_architecture(model_dir), resolve_device(config.engine)
     groups = scored_groups(architecture, settings.max_members)
     widths = _widths(config, architecture, groups)
+    reduction_ms = all_reduce_ms(architecture, workload, settings.hardware)
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, model_dir, "model")
     sequences = dataset.split("calibration").first(settings.num_sequences, settings.seq_len)
@@ -43,6 +46,7 @@ def run(config: ScoreGroupsStage, inputs: Inputs, context: StageContext) -> Stag
         max_members=settings.max_members,
         compile=config.engine.compile,
     )
+    gc.collect()  # a compiled block refers to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
     latencies, clamped = _latencies(config, architecture, widths, device)
@@ -56,6 +60,9 @@ def run(config: ScoreGroupsStage, inputs: Inputs, context: StageContext) -> Stag
         hardware=hardware(config)["device"],
         workload=asdict(workload),
         clamped=clamped,
+        all_reduce_prefill_ms=reduction_ms[0],
+        all_reduce_decode_ms=reduction_ms[1],
+        all_reduce_hardware=_links(config),
     )
     table.write(context.out / JSON_NAME)
     return _result(table, architecture)
@@ -92,6 +99,13 @@ def _latencies(
         )
 
 
+def _links(config: ScoreGroupsStage) -> str | None:
+    """The device whose rates the all-reduces are modelled by; None on a single rank."""
+    if config.workload.tensor_parallel == 1:
+        return None
+    return config.group_scores.hardware.name or "costs.hardware"
+
+
 def _result(table: GroupTable, architecture: Architecture) -> StageResult:
     saved = {(group.first, group.last): _saved_ms(table, architecture, group) for group in table.groups}
     cheapest = min(table.groups, key=lambda group: group.kld)
@@ -107,11 +121,23 @@ def _result(table: GroupTable, architecture: Architecture) -> StageResult:
         "timed_widths": [row.ffn_dim for row in table.latencies],
         "workload": table.workload,
         "clamped": list(table.clamped),
+        "all_reduce": _all_reduce(table),
     }
-    return StageResult(
-        headline=f"{len(table.groups)} groups; {'; '.join(named)} ({table.hardware}, {serving(table.workload)})",
-        metrics=metrics,
-    )
+    where = f"{table.hardware}, {serving(table.workload)}"
+    if table.all_reduce_hardware is not None:
+        where += f", all-reduce modelled: {table.all_reduce_hardware}"
+    return StageResult(headline=f"{len(table.groups)} groups; {'; '.join(named)} ({where})", metrics=metrics)
+
+
+def _all_reduce(table: GroupTable) -> dict[str, Any] | None:
+    if table.all_reduce_hardware is None:
+        return None
+    return {
+        "source": "modelled",
+        "hardware": table.all_reduce_hardware,
+        "prefill_ms": table.all_reduce_prefill_ms,
+        "decode_ms": table.all_reduce_decode_ms,
+    }
 
 
 def _saved_ms(table: GroupTable, architecture: Architecture, group: GroupScore) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.config import require
-from fusion.config import FuseConfig
 from launch import result_table
+from launch.modelled_fusion import require_modelled
 from launch.registry import SearchStage
 from launch.stage import Inputs, StageContext, StageResult
-from puzzle.baselines import METHODS, find
+from puzzle.baselines import METHODS, find, merit
 from puzzle.config import SearchConfig
-from puzzle.mip import pareto_front
+from puzzle.integer_program import TimeLimitError
+from puzzle.mip import ParetoFront, pareto_front
 from puzzle.model.architecture import NO_ATTENTION
 from puzzle.model.hf_config import architecture_from_config
 from puzzle.own_tables import Scores, read_costs, read_scores, scores_of
@@ -32,9 +33,6 @@ from puzzle.search_problem import (
     costs_of,
 )
 from puzzle.tables import CostFile, ScoreTable, parse_variant
-
-MODELLED_FUSE_SETTINGS = {"norm", "leave_last_out", "min_length", "latency", "tensor_parallel"}
-"""Settings of the later fusion that its cost in the search follows, or that do not change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +51,17 @@ class Tables:
 def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Write ``solution.json``: solutions, best first, and the Pareto front at the given latency budgets.
 
-    Every batch size is searched by itself; of equal scores the one at the workload's own batch size comes first.
+    Every batch size is searched by itself, and solutions are ranked by what the method minimises; of equal ones that at
+    the workload's own batch size comes first.
+
+    Raises:
+        InfeasibleError: no batch size has a choice within the budgets.
+        TimeLimitError: none was found in time.
+        ValueError: scores, costs and budgets do not fit together.
     """
     search = config.search
     if search.fusion_aware:
-        _require_modelled(config.fuse)
+        require_modelled(config.fuse)
     _require_same_parent(inputs)
     tables = _read(search, inputs)
     throughput = None
@@ -71,7 +75,7 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
             tables.parent,
             search,
             fusion=rule,
-            is_conditional=tables.scores.is_conditional,
+            base=tables.scores.base,
         )
         for costs in _chosen_sizes(search, tables.costs)
     ]
@@ -93,11 +97,10 @@ def run(config: SearchStage, inputs: Inputs, context: StageContext) -> StageResu
         "batch_sizes": tried,
         "solutions": rows,
         "pareto": [
-            {"latency_frac": frac, **_row(problems[0], best, parent_costs)}
-            for frac, best in front.items()
-            if best is not None
+            {"latency_frac": frac, **_row(problems[0], best, parent_costs)} for frac, best in front.solutions.items()
         ],
-        "pareto_out_of_reach": [frac for frac, best in front.items() if best is None],
+        "pareto_out_of_reach": front.out_of_reach,
+        "pareto_out_of_time": front.out_of_time,
     }
     (context.out / "solution.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if search.scores is not None or search.costs is not None:
@@ -154,25 +157,30 @@ def _solutions(problems: Sequence[Problem], throughput: float | None) -> tuple[l
 
     Raises:
         InfeasibleError: no batch size has one; the message of the first one, and what the others say.
+        TimeLimitError: none was found in time, and there may be one.
     """
     config = problems[0].config
-    found: list[Solution] = []
+    found: list[tuple[float, Solution]] = []
     tried: list[dict[str, Any]] = []
+    failed: dict[int, ValueError] = {}
     for problem in problems:
-        budgets = budgets_of(problem, config.constraint, parent_throughput=throughput)
+        size, budgets = problem.costs.batch_size, budgets_of(problem, config.constraint, parent_throughput=throughput)
+        row: dict[str, Any] = {"batch_size": size, "score": None, "infeasible": None, "time_limit": None}
         try:
             own = find(problem, budgets)
-        except InfeasibleError as error:
-            tried.append({"batch_size": problem.costs.batch_size, "score": None, "infeasible": str(error)})
-            continue
-        tried.append({"batch_size": problem.costs.batch_size, "score": own[0].score, "infeasible": None})
-        found += own
+            row["score"] = own[0].score
+            found += [(merit(problem, solution), solution) for solution in own]
+        except (InfeasibleError, TimeLimitError) as error:
+            failed[size] = error
+            row["infeasible" if isinstance(error, InfeasibleError) else "time_limit"] = str(error)
+        tried.append(row)
     if not found:
-        first, *others = tried
-        more = "".join(f"; at batch size {entry['batch_size']}: {entry['infeasible']}" for entry in others)
-        raise InfeasibleError(first["infeasible"] + more)
+        first, *others = failed.items()
+        message = str(first[1]) + "".join(f"; at batch size {size}: {error}" for size, error in others)
+        is_known = all(isinstance(error, InfeasibleError) for error in failed.values())
+        raise InfeasibleError(message) if is_known else TimeLimitError(message)
     kept: list[Solution] = []
-    for solution in sorted(found, key=lambda solution: solution.score):
+    for _, solution in sorted(found, key=lambda pair: pair[0]):
         differences = (
             sum(one != other for one, other in zip(solution.blocks, earlier.blocks, strict=True)) for earlier in kept
         )
@@ -182,18 +190,27 @@ def _solutions(problems: Sequence[Problem], throughput: float | None) -> tuple[l
     return kept, tried
 
 
-def _front(problems: Sequence[Problem], throughput: float | None) -> dict[float, Solution | None]:
-    """Best solution of all batch sizes at every latency budget; empty where latencies are unknown."""
-    best: dict[float, Solution | None] = {}
+def _front(problems: Sequence[Problem], throughput: float | None) -> ParetoFront:
+    """Best solution of all batch sizes at every latency budget; empty where latencies, or those of merges, are
+    unknown."""
+    best: dict[float, tuple[float, Solution]] = {}
+    out_of_reach, out_of_time = set[float](), set[float]()
     for problem in problems:
-        if problem.latency not in problem.costs.total(problem.parent):
+        known = problem.costs.total(problem.parent)
+        if problem.latency not in known or not problem.is_saving_known(problem.latency):
             continue
         front = pareto_front(problem, find=METHODS[problem.config.method], parent_throughput=throughput)
-        for frac, solution in front.items():
-            earlier = best.get(frac)
-            better = solution is not None and (earlier is None or solution.score < earlier.score)
-            best[frac] = solution if better else earlier
-    return best
+        for frac, solution in front.solutions.items():
+            value = merit(problem, solution)
+            if frac not in best or value < best[frac][0]:
+                best[frac] = value, solution
+        out_of_reach.update(front.out_of_reach)
+        out_of_time.update(front.out_of_time)
+    return ParetoFront(
+        solutions={frac: best[frac][1] for frac in sorted(best)},
+        out_of_reach=tuple(sorted(out_of_reach - out_of_time - best.keys())),
+        out_of_time=tuple(sorted(out_of_time - best.keys())),
+    )
 
 
 def _parent_fingerprint(inputs: Inputs) -> str | None:
@@ -212,17 +229,6 @@ def _require_same_parent(inputs: Inputs) -> None:
         f"the scores are of model {parents['scores'][:12]}, the costs of model {parents['costs'][:12]}; "
         "take both from one parent",
     )
-
-
-def _require_modelled(fuse: FuseConfig) -> None:
-    """The fusion-aware cost merges whole runs; settings that split them would make it a wrong promise."""
-    default = FuseConfig()
-    for name in sorted({field.name for field in fields(FuseConfig)} - MODELLED_FUSE_SETTINGS):
-        require(
-            getattr(fuse, name) == getattr(default, name),
-            f"fuse.{name}={getattr(fuse, name)} is not in the search's fusion-aware cost; set it for the fuse step "
-            f"alone (steps.<fuse step>.fuse.{name}=...) or set search.fusion_aware=false",
-        )
 
 
 def _row(problem: Problem, solution: Solution, parent_costs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
@@ -253,7 +259,9 @@ def _headline(problems: Sequence[Problem], solutions: Sequence[Solution], row: M
     if best.status == "time_limit":
         line += f", not proven best (gap {best.mip_gap:.1%})"
     if len(solutions) < config.num_solutions:
-        line += f"; {len(solutions)} of {config.num_solutions} solutions, no other differs enough within the budgets"
+        line += (
+            f"; {len(solutions)} of {config.num_solutions} solutions, no other differs enough within budgets and time"
+        )
     return line
 
 

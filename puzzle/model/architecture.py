@@ -86,7 +86,28 @@ class BlockConfig:
     attention: AttentionConfig
     ffn: FFNConfig
     parent_block_indices: tuple[int, ...]
-    """Blocks of the parent that this block stands for; more than one after fusion."""
+    """Blocks of the parent that this block stands for: more than one where it is a fusion of them, or where blocks
+    beside it were removed."""
+    dropped_parent_indices: tuple[int, ...] = ()
+    """Those of ``parent_block_indices`` that were removed: this block keeps their place and nothing of them."""
+
+    def __post_init__(self) -> None:
+        foreign = sorted(set(self.dropped_parent_indices) - set(self.parent_block_indices))
+        require(
+            not foreign,
+            f"dropped_parent_indices: {foreign} are not among parent_block_indices={list(self.parent_block_indices)}; "
+            "a block can only lack what it stands for",
+        )
+
+    @property
+    def member_indices(self) -> tuple[int, ...]:
+        """Blocks of the parent whose place *and* weights this block has; more than one after fusion."""
+        return tuple(index for index in self.parent_block_indices if index not in self.dropped_parent_indices)
+
+    @property
+    def is_fused(self) -> bool:
+        """True for one FFN that is the fusion of several (FFN Fusion, arXiv 2503.18908, section 3)."""
+        return self.is_attention_free and len(self.member_indices) > 1
 
     @property
     def is_attention_free(self) -> bool:
@@ -170,6 +191,16 @@ class Architecture:
             elif not free and start is not None:
                 yield start, index - 1
                 start = None
+
+    def fusible_runs(self) -> Iterator[tuple[int, int]]:
+        """First and last index of every maximal run of attention-free blocks that are not fused already, in order."""
+        for run_first, run_last in self.attention_free_runs():
+            first = run_first
+            for index in range(run_first, run_last + 2):
+                if index > run_last or self.blocks[index].is_fused:
+                    if first < index:
+                        yield first, index - 1
+                    first = index + 1
 
 
 def dense_blocks(num_blocks: int, num_kv_heads: int, ffn_dim: int) -> tuple[BlockConfig, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from math import prod, sqrt
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from distill.config import require
@@ -27,7 +28,7 @@ from puzzle.model.configuration_decilm import DeciLMConfig
 from puzzle.model.hf_config import MODEL_TYPE, TOKEN_ID_KEYS, architecture_from_config, hf_config
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.shard_writer import ShardWriter
-from puzzle.model.tensor_layout import HEAD, tensor_shapes
+from puzzle.model.tensor_layout import EMBEDDING, HEAD, tensor_shapes
 from puzzle.model.tensor_reader import INDEX_FILE, TensorReader, read_json, row_ranges
 from puzzle.model.tensor_reader import WEIGHTS_FILE as WEIGHTS_FILE
 
@@ -124,6 +125,8 @@ class CheckpointWriter:
     def add_rows(self, name: str, pieces: Iterable[Tensor]) -> None:
         """Write tensor ``name`` from ``pieces``: runs of its rows, in order, so that it is never in memory as a whole.
 
+        Every piece has memory of its own: it is written while the next ones are made.
+
         Raises:
             ValueError: the architecture has no such tensor, or it was added before.
         """
@@ -177,6 +180,65 @@ class CheckpointWriter:
             index = {"metadata": metadata, "weight_map": dict(sorted(self._shards.weight_map.items()))}
             _write_json(self.directory / INDEX_FILE, index)
         _write_json(self.directory / "config.json", hf_config(self.architecture, dtype_name(self.dtype)))
+
+
+def check_tensors(reader: TensorReader, architecture: Architecture) -> None:
+    """Compare names, shapes and data types of all tensors with those of ``architecture``; the headers say them.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, quantised or of another shape, or a shard is damaged.
+    """
+    expected, names = tensor_shapes(architecture), set(reader.names())
+    lacking, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
+    require(
+        not lacking and not unknown,
+        f"{reader.directory} does not hold what its config.json describes: it lacks {lacking[:4]} and has "
+        f"{unknown[:4]} besides; make the model anew",
+    )
+    for name, shape in expected.items():
+        stored = reader.shape(name)
+        require(
+            stored == shape,
+            f"{reader.directory}: {name} is {list(stored)}, config.json says {list(shape)}; make the model anew",
+        )
+        reader.dtype(name)
+
+
+def copy_checkpoint(
+    reader: TensorReader,
+    out_dir: Path,
+    architecture: Architecture,
+    *,
+    names: Mapping[str, str] | None = None,
+    instead: Sequence[TensorReader] = (),
+) -> None:
+    """Write a checkpoint of ``architecture`` whose tensors are all copied, from file to file.
+
+    Everything is checked before: where this raises ``ValueError``, but for a file that changes meanwhile, nothing is
+    written.
+
+    Args:
+        reader: a checkpoint; its data type is the new one's.
+        out_dir: directory of the new checkpoint.
+        architecture: of the new checkpoint.
+        names: tensor of ``reader`` by tensor of ``architecture``; None: they have the same names.
+        instead: tensors of these, under their names in ``architecture``, stand in place of those of ``reader``.
+
+    Raises:
+        ValueError: the tensors of ``reader`` are not those of its configuration or do not fit ``architecture``,
+            weights are quantised, a shard is damaged, or ``out_dir`` holds weights.
+    """
+    check_tensors(reader, read_architecture(reader.directory))
+    shapes = tensor_shapes(architecture)
+    sources = {name: (reader, name if names is None else names[name]) for name in shapes}
+    for other in instead:
+        sources |= {name: (other, name) for name in shapes if name in other}
+    for name, (source, stored) in sources.items():
+        found, _ = source.shape(stored), source.dtype(stored)
+        require(found == shapes[name], f"{source.directory}: {stored} is {list(found)}, needed is {list(shapes[name])}")
+    with CheckpointWriter(out_dir, architecture, dtype=reader.dtype(EMBEDDING)) as writer:
+        for name, (source, stored) in tqdm(sources.items(), desc="copy", unit="tensor", leave=False):
+            writer.copy(name, source, stored)
 
 
 def _empty_model(architecture: Architecture, dtype: torch.dtype) -> DeciLMForCausalLM:

@@ -62,6 +62,7 @@ _FORMAT_KEYS = {
     "model_family",
     "source_ffn_dim",
     "parent_block_indices",
+    "dropped_parent_indices",
 }
 """Keys of our own format that no dense family has."""
 

@@ -111,7 +111,8 @@ def _extensions(architecture: Architecture) -> dict[str, Any]:
     """The keys that the format does not have, where they are not at their default."""
     a = architecture
     parents = [list(block.parent_block_indices) for block in a.blocks]
-    keys_and_defaults = {
+    dropped = [list(block.dropped_parent_indices) for block in a.blocks]
+    keys_and_defaults: dict[str, tuple[Any, Any]] = {
         "head_dim": (a.head_dim, a.hidden_dim // a.num_heads),
         "qkv_bias": (a.qkv_bias, False),
         "qk_norm": (a.qk_norm, False),
@@ -119,6 +120,7 @@ def _extensions(architecture: Architecture) -> dict[str, Any]:
         "model_family": (a.family, "llama"),
         "source_ffn_dim": (a.source_ffn_dim, None),
         "parent_block_indices": (parents, [[index] for index in range(a.num_blocks)]),
+        "dropped_parent_indices": (dropped, [[] for _ in a.blocks]),
         "parallel_windows": ([list(window) for window in a.parallel_windows], []),
     }
     return {key: value for key, (value, default) in keys_and_defaults.items() if value != default}
@@ -147,11 +149,8 @@ def _read(config: Mapping[str, Any]) -> Architecture:
         config["num_hidden_layers"] == len(entries),
         f"config.json: num_hidden_layers={config['num_hidden_layers']} differs from {len(entries)} block_configs",
     )
-    parents = config.get("parent_block_indices") or [[index] for index in range(len(entries))]
-    require(
-        len(parents) == len(entries),
-        f"config.json: {len(parents)} parent_block_indices differ from {len(entries)} block_configs",
-    )
+    parents = _per_block(config, "parent_block_indices", [[index] for index in range(len(entries))])
+    dropped = _per_block(config, "dropped_parent_indices", [[] for _ in entries])
     return Architecture(
         vocab_size=config["vocab_size"],
         hidden_dim=hidden_dim,
@@ -162,6 +161,7 @@ def _read(config: Mapping[str, Any]) -> Architecture:
                 attention=_attention(entry["attention"], num_heads, f"config.json: block {index}: attention"),
                 ffn=_ffn(entry["ffn"], hidden_dim, f"config.json: block {index}: ffn"),
                 parent_block_indices=tuple(parents[index]),
+                dropped_parent_indices=tuple(dropped[index]),
             )
             for index, entry in enumerate(entries)
         ),
@@ -177,6 +177,13 @@ def _read(config: Mapping[str, Any]) -> Architecture:
         token_ids={key: config[key] for key in TOKEN_ID_KEYS if key in config},
         parallel_windows=_parallel_windows(config.get("parallel_windows") or []),
     )
+
+
+def _per_block(config: Mapping[str, Any], key: str, default: list[list[int]]) -> list[list[int]]:
+    """Parent blocks of every block under ``key``, ``default`` where it is absent."""
+    values: list[list[int]] = config.get(key) or default
+    require(len(values) == len(default), f"config.json: {len(values)} {key} differ from {len(default)} block_configs")
+    return values
 
 
 def _parallel_windows(entries: Any) -> tuple[tuple[int, int], ...]:

@@ -167,6 +167,12 @@ def _kernel_copy(source: BinaryIO, source_offset: int, target: BinaryIO, offset:
     return copied
 
 
+def start_writing(stream: BinaryIO, offset: int, num_bytes: int) -> None:
+    """Tell the kernel to begin with writing a range to the disk, and not to keep it cached. Does not wait."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def _fetch_ahead(stream: BinaryIO, offset: int, num_bytes: int) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(stream.fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)

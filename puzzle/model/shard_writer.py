@@ -6,7 +6,9 @@ before the first tensor comes. Files are named ``.part`` until the last tensor h
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -14,9 +16,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from puzzle.model.safetensors_file import StoredTensor, copy_bytes, encode_header, write_from
+from puzzle.model.safetensors_file import StoredTensor, copy_bytes, encode_header, start_writing, write_from
 from puzzle.model.tensor_layout import Shapes
 from puzzle.model.tensor_reader import WEIGHTS_FILE
+
+MAX_WAITING_PIECES = 4
+"""Pieces of one tensor that are made and not yet written."""
 
 
 class ShardWriter:
@@ -51,11 +56,18 @@ class ShardWriter:
         """Write tensor ``name``: ``pieces`` are contiguous, on the CPU, and one after another have all its bytes."""
         offset = self._offsets[name]
         end = offset + self._num_bytes[name]
-        with self._open(name) as target:
+        # One thread writes while this one makes the next pieces: either is busy with memory more than with the disk.
+        with self._open(name) as target, ThreadPoolExecutor(max_workers=1) as thread:
+            written: deque[Future[None]] = deque()
             for piece in pieces:
                 assert offset + piece.nbytes <= end, f"{name}: more than {self._num_bytes[name]} bytes"
-                write_from(target, offset, piece)
+                if len(written) >= MAX_WAITING_PIECES:
+                    written.popleft().result()
+                written.append(thread.submit(write_from, target, offset, piece))
                 offset += piece.nbytes
+            for future in written:
+                future.result()
+            start_writing(target, self._offsets[name], self._num_bytes[name])
         assert offset == end, f"{name}: {end - offset} of {self._num_bytes[name]} bytes are missing"
 
     def copy(self, name: str, sources: Iterable[tuple[BinaryIO, StoredTensor]]) -> None:
@@ -66,6 +78,7 @@ class ShardWriter:
             for source, stored in sources:
                 copy_bytes(source, stored.offset, target, offset, stored.num_bytes)
                 offset += stored.num_bytes
+            start_writing(target, self._offsets[name], self._num_bytes[name])
         assert offset == end, f"{name}: {end - offset} of {self._num_bytes[name]} bytes are missing"
 
     def finish(self) -> None:

@@ -17,8 +17,7 @@ from puzzle.model.safetensors_file import DTYPES, StoredTensor, read_header, rea
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 2**20
-"""Of a tensor that passes through memory in rows. What is read is written again while it is in the processor's cache,
-and page caches take larger writes at a third of the speed where their memory is in fragments."""
+"""Of a tensor that passes through memory in rows: small enough to be written while it is in the processor's cache."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,17 +38,20 @@ class TensorReader:
     """Tensors of a safetensors directory, single-file or sharded, one at a time or row by row."""
 
     def __init__(self, directory: Path) -> None:
-        """Look into the index and the header of a single file; no tensor is read.
+        """Look into the index, or into the header of a single file; no tensor is read.
+
+        A shard's header is read, and a damaged shard refused, when the first of its tensors is asked for.
 
         Raises:
-            ValueError: there is no safetensors file, or a shard that the index names is missing or damaged.
+            ValueError: there is no safetensors file, a single one is damaged, the index is none, or a shard that it
+                names is missing.
         """
         self.directory = directory
         self._stack = ExitStack()
         self._streams: dict[str, BinaryIO] = {}
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         if (directory / INDEX_FILE).is_file():
-            self._files: dict[str, str] = read_json(directory / INDEX_FILE)["weight_map"]
+            self._files = _weight_map(directory / INDEX_FILE)
             for file in sorted(set(self._files.values())):
                 require((directory / file).is_file(), f"{directory}: shard {file} that {INDEX_FILE} names is missing")
         else:
@@ -135,6 +137,17 @@ class TensorReader:
         """Where the bytes of tensor ``name`` are: an open file, valid as long as this reader, and the place in it."""
         stored = self._locate(name)
         return self._stream(stored.file), stored
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File of every tensor, by an index."""
+    found = read_json(path).get("weight_map")
+    require(
+        isinstance(found, dict) and all(isinstance(file, str) for file in found.values()),
+        f"{path} has no weight_map from tensors to files; write or download it again",
+    )
+    assert isinstance(found, dict)
+    return found
 
 
 def row_ranges(num_rows: int, row_bytes: int, chunk_bytes: int | None = None) -> Iterator[range]:

@@ -16,7 +16,8 @@ import torch
 from distill import distributed
 from distill.config import EngineConfig, RopeConfig
 from distill.data.tokenizer import tokenizer_sha256
-from fusion.dependency import Average, measure_dependency
+from fusion.config import Average
+from fusion.dependency import measure_dependency
 from launch.__main__ import main
 from launch.artifact import Recipe
 from launch.stage import StageContext, StageResult

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distill.config import EngineConfig, EvaluateConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from distill.data.tokenizer import tokenizer_sha256
@@ -323,3 +324,40 @@ def test_refused_windows_leave_nothing(tmp_path, parent):
     with pytest.raises(ValueError, match=r"parallel window \[5, 6\] has blocks without attention: 6"):
         parallelized(tmp_path, parent, windows=((5, 6),))
     assert list((tmp_path / "parallel").iterdir()) == []
+
+
+def quantise(tensors, name):
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), r"does not hold what its config.json describes: it lacks \["),
+        (lambda tensors, name: tensors.update({name: tensors[name][:8].clone()}), r"is \[8, 32\], config.json says \["),
+        (quantise, "is stored as F8_E4M3, not as one of"),
+    ],
+    ids=["missing", "another_shape", "quantised"],
+)
+def test_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path, parent, damage, message):
+    (file,) = parent.path.glob("*.safetensors")
+    tensors = load_file(file)
+    damage(tensors, "model.layers.10.mlp.up_proj.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message) as error:
+        parallelized(tmp_path, parent, windows=((0, 2),))
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "parallel").iterdir()) == []
+
+
+def test_cut_off_shard_and_missing_tokenizer_are_refused_before_anything_is_written(tmp_path, parent):
+    (file,) = parent.path.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"it has \d+ bytes, its header describes \d+"):
+        parallelized(tmp_path, parent, name="cut_off", windows=((0, 2),))
+    file.write_bytes(whole)
+    (parent.path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer, and the result needs one"):
+        parallelized(tmp_path, parent, name="no_tokenizer", windows=((0, 2),))
+    assert list((tmp_path / "cut_off").iterdir()) == list((tmp_path / "no_tokenizer").iterdir()) == []

@@ -8,6 +8,7 @@ from distill.config import ObjectiveConfig
 from fusion.config import FuseConfig
 from fusion.controls import ffns_to_remove, remove_ffns, removed_architecture, reverse_groups
 from fusion.group_table import FFNLatency, GroupTable, RemovalScore
+from fusion.grouping import fused_architecture, fusion_groups
 from launch.stages.distill import paired_blocks
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
 
@@ -84,9 +85,31 @@ def test_every_parent_block_is_still_stood_for(make_architecture, removed, expec
     assert pairs == tuple(indices[-1] for indices in expected)
 
 
+def test_an_heir_of_removed_ffns_is_not_fused_and_fuses_like_any_other(make_architecture):
+    shortened = removed_architecture(make_architecture(*BLOCKS), (2, 6))
+    assert [block.dropped_parent_indices for block in shortened.blocks] == [(), (2,), (), (), (6,)]
+    assert [block.member_indices for block in shortened.blocks] == [(0,), (1,), (3,), (4,), (5,)]
+    assert not any(block.is_fused for block in shortened.blocks)
+    assert fusion_groups(shortened, FuseConfig(leave_last_out=False)) == ((1, 2),)
+
+    fused = fused_architecture(shortened, ((1, 2),))
+    assert fused.blocks[1].is_fused
+    assert fused.blocks[1].parent_block_indices == (1, 2, 3)
+    assert fused.blocks[1].member_indices == (1, 3)
+    assert removed_architecture(fused, (3,)).blocks[1] == fused.blocks[1], "a further removal beside it adds nothing"
+
+
+def test_a_fused_ffn_that_is_removed_leaves_all_its_members_places(make_architecture):
+    fused = fused_architecture(make_architecture(*BLOCKS), ((1, 2),))
+    shortened = removed_architecture(fused, (1,))
+    assert shortened.blocks[0].parent_block_indices == (0, 1, 2)
+    assert shortened.blocks[0].dropped_parent_indices == (1, 2)
+
+
 def test_blocks_before_the_first_that_is_left_go_to_it(make_architecture):
     shortened = removed_architecture(make_architecture(FFN, FFN, A, FFN), (0, 1))
     assert parents(shortened) == [(0, 1, 2), (3,)]
+    assert shortened.blocks[0].member_indices == (2,)
 
 
 def test_reversed_blocks_can_be_distilled_unless_the_last_one_moved(make_architecture):
@@ -187,18 +210,46 @@ def test_refused_controls_write_nothing(tmp_path, make_checkpoint):
     assert not (tmp_path / "out").exists()
 
 
+def drop(tensors):
+    del tensors["model.layers.5.mlp.up_proj.weight"]
+
+
+def narrow(tensors):
+    tensors["model.layers.5.mlp.up_proj.weight"] = tensors["model.layers.5.mlp.up_proj.weight"][:128].clone()
+
+
+def quantise(tensors):
+    name = "model.layers.5.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def add_bias(tensors):
+    tensors["model.layers.5.mlp.up_proj.bias"] = torch.zeros(512)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop, r"it lacks \['model.layers.5.mlp.up_proj.weight'\]"),
+        (narrow, r"model.layers.5.mlp.up_proj.weight is \[128, 32\], config.json says \[512, 32\]"),
+        (quantise, r"model.layers.5.mlp.up_proj.weight is stored as F8_E4M3, not as one of"),
+        (add_bias, r"it lacks \[\] and has \['model.layers.5.mlp.up_proj.bias'\] besides"),
+    ],
+)
 @pytest.mark.parametrize(
     "control",
     [lambda source, out: reverse_groups(source, out, ((1, 3),)), lambda source, out: remove_ffns(source, out, (1,))],
     ids=["reverse", "remove"],
 )
-def test_missing_tensor_is_refused_before_anything_is_written(tmp_path, make_checkpoint, control):
+def test_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, make_checkpoint, control, damage, message
+):
     make_checkpoint(tmp_path / "model", *BLOCKS)
     file = next((tmp_path / "model").glob("*.safetensors"))
     tensors = load_file(file)
-    del tensors["model.layers.5.mlp.up_proj.weight"]
+    damage(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no tensor 'model.layers.5.mlp.up_proj.weight'"):
+    with pytest.raises(ValueError, match=message):
         control(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

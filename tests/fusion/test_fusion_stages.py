@@ -179,6 +179,7 @@ def test_reverse(tmp_path, child):
     result, written = run_fuse(child, tmp_path / "reversed", treatment="reverse", leave_last_out=False)
     assert result.headline == "order of 6 FFNs reversed within blocks 1-4, 6-7; nothing fused"
     assert (written["treatment"], written["verify"], written["removed"]) == ("reverse", {}, [])
+    assert (result.metrics["kld_sum"], result.metrics["saved_ms"], result.metrics["num_fused_ffns"]) == (None, None, 0)
     assert [group["block"] for group in written["groups"]] == [None, None]
     assert [group["parent_block_indices"] for group in written["groups"]] == [[1, 2, 3, 4], [6, 7]]
     architecture = read_architecture(tmp_path / "reversed")
@@ -192,6 +193,11 @@ def test_remove_as_much_as_fusion_saves(tmp_path, child):
     fields = {"treatment": "remove", "leave_last_out": False}
     result, written = run_fuse(child, tmp_path / "removed", group_table(), **fields)
     assert (written["treatment"], written["verify"], written["removed"]) == ("remove", {}, [7, 6, 4, 3])
+    done = {"removed_ms": 4.5, "removal_kld_sum": 1 / 7 + 1 / 6 + 1 / 4 + 1 / 3, "target_ms": 4.0}
+    for place in (written, result.metrics):
+        assert {name: place[name] for name in done} == pytest.approx(done)
+    assert (result.metrics["kld_sum"], result.metrics["saved_ms"]) == (None, None), "nothing was fused"
+    assert {(group["kld"], group["saved_ms"], group["block"]) for group in written["groups"]} == {(None, None, None)}
     assert result.headline == (
         "4 of 6 FFNs removed (blocks 3, 4, 6, 7), 4.5 ms less per decoded token where fusing 1-4, 6-7 would save 4; "
         "KLD of the removals one by one sums to 0.893; 8 -> 4 blocks"
@@ -201,6 +207,34 @@ def test_remove_as_much_as_fusion_saves(tmp_path, child):
     assert load_model(tmp_path / "removed").config.num_hidden_layers == 4
 
 
+def test_reversed_groups_state_nothing_of_fusion_as_their_own(tmp_path, child):
+    fields = {"treatment": "reverse", "leave_last_out": False}
+    result, written = run_fuse(child, tmp_path / "reversed", group_table(), **fields)
+    assert {(group["kld"], group["saved_ms"]) for group in written["groups"]} == {(None, None)}
+    assert (result.metrics["kld_sum"], result.metrics["saved_ms"]) == (None, None)
+    assert written.keys().isdisjoint({"removed_ms", "removal_kld_sum", "target_ms"})
+
+
+def test_a_run_that_lacks_a_removed_ffn_is_fused(tmp_path, child):
+    """What stands for a removed FFN beside its own is no fused FFN, so that it may become one."""
+    fields = {"treatment": "remove", "num_removed": 3, "leave_last_out": False}
+    run_fuse(child, tmp_path / "removed", group_table(), **fields)
+    assert [block.member_indices for block in read_architecture(tmp_path / "removed").blocks] == [
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+        (5,),
+    ]
+    _, written = run_fuse(tmp_path / "removed", tmp_path / "fused", leave_last_out=False)
+    assert [(group["first"], group["last"]) for group in written["groups"]] == [(1, 3)]
+    block = read_architecture(tmp_path / "fused").blocks[1]
+    assert block.member_indices == (1, 2, 3)
+    assert block.is_fused
+    assert list(block.parent_block_indices) == written["groups"][0]["parent_block_indices"] == [1, 2, 3, 4]
+    load_model(tmp_path / "fused")
+
+
 def test_remove_a_number(tmp_path, child):
     """Without scores of groups this long, what fusing would save is not known, and not needed."""
     table = group_table()
@@ -208,8 +242,8 @@ def test_remove_a_number(tmp_path, child):
     fields = {"treatment": "remove", "num_removed": 1, "leave_last_out": False, "latency": "prefill"}
     result, written = run_fuse(child, tmp_path / "removed", table, **fields)
     assert written["removed"] == [7]
-    assert [group["saved_ms"] for group in written["groups"]] == [None, pytest.approx(2.0)]
-    assert [group["kld"] for group in written["groups"]] == [None, None]
+    assert written["target_ms"] is result.metrics["target_ms"] is None
+    assert written["removed_ms"] == pytest.approx(3.0)
     assert result.headline.startswith("1 of 6 FFNs removed (blocks 7), 3 ms less of prefill; KLD of the removals")
 
 
@@ -269,6 +303,13 @@ def test_fused_blocks_are_not_fused_again(tmp_path, child):
     with pytest.raises(ValueError, match=r"block 1 of group \[1, 2\] is already fused from parent blocks \[1, 2\]"):
         run_fuse(tmp_path / "once", tmp_path / "twice", groups=((1, 2),))
     assert list((tmp_path / "twice").iterdir()) == []
+    _, written = run_fuse(tmp_path / "once", tmp_path / "rest", leave_last_out=False)
+    assert [(group["first"], group["last"]) for group in written["groups"]] == [(2, 3), (5, 6)]
+    with pytest.raises(
+        ValueError, match=r"nothing to fuse; attention-free runs of this model: .* \(fused already: 1, 2, 4\)"
+    ):
+        run_fuse(tmp_path / "rest", tmp_path / "none", leave_last_out=False)
+    assert list((tmp_path / "none").iterdir()) == []
 
 
 def test_model_without_a_tokenizer_is_refused_first(tmp_path, make_checkpoint):

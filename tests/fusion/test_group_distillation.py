@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.config import EngineConfig, OptimConfig, TrackingConfig, TrainConfig
@@ -527,7 +528,11 @@ def test_stage_trains_the_fused_model(tmp_path: Path, child: Path, data: SimpleN
     before = json.loads((fused / "fusion.json").read_text())
     after = json.loads((tmp_path / "out" / "fusion.json").read_text())
     assert after.pop("distilled") == result.metrics["groups"]
-    assert after == before
+    assert after.pop("verify_before_distillation") == before.pop("verify")
+    groups = [dict(group) for group in after["groups"]]
+    for group in groups:
+        group["kld"] = group.pop("kld_before_distillation")
+    assert after | {"groups": groups} == before
     # whole runs but for their last FFN; the second run is too short then
     assert [(row["first"], row["last"], row["trained"]) for row in result.metrics["groups"]] == [(1, 3, True)]
     held_out = TokenDataset.open(data.path).split("calibration").first(6, SEQ_LEN)
@@ -545,6 +550,10 @@ def test_stage_trains_the_fused_model(tmp_path: Path, child: Path, data: SimpleN
     again = artifact(tmp_path / "out", fingerprint="c" * 64, model="a" * 64)
     further = run_stage(tmp_path / "further", child, data, fused=again)
     assert further.metrics["median_nmse_init"] == pytest.approx(result.metrics["median_nmse"], rel=1e-6)
+    renamed = json.loads((tmp_path / "further" / "fusion.json").read_text())
+    assert renamed.pop("distilled") == further.metrics["groups"]
+    assert renamed.pop("verify_before_distillation")
+    assert renamed == after
 
 
 def test_stage_prepares_runs_that_stage_fuse_then_fuses(tmp_path: Path, child: Path, data: SimpleNamespace) -> None:
@@ -638,3 +647,16 @@ def test_model_that_reads_other_tokens_is_refused(tmp_path: Path, child: Path, d
     with pytest.raises(ValueError, match="the tokenizer of model"):
         run_stage(tmp_path / "out", child, data)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_damaged_tensor_that_does_not_learn_is_found_before_training(tmp_path: Path, child: Path, fused: Path) -> None:
+    """It is only copied, after training."""
+    file = fused / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"][:8].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    batches = ToyBatches()
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight is \[8, 32\], config.json says"):
+        distill(tmp_path / "out", child, fused, settings_of(batches=batches))
+    assert batches.steps == []
+    assert not (tmp_path / "out" / "model").exists()

@@ -1,11 +1,10 @@
-"""Scores against models that are really fused or really lack an FFN; latencies with a stand-in for the clock."""
+"""Scores against models that are really fused or really lack an FFN."""
 
 from __future__ import annotations
 
 import copy
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,15 +18,14 @@ from distill.data.tokenizer import tokenizer_sha256
 from fusion import group_scores
 from fusion.config import GroupScoreConfig
 from fusion.fuse import fuse_checkpoint
-from fusion.group_scores import measure_ffns, score_groups, scored_groups, timed_widths
+from fusion.group_scores import score_groups, scored_groups
 from fusion.group_table import GroupTable
-from launch.registry import ScoreGroupsStage
+from launch.config import compose_stage
+from launch.registry import MeasureCostsStage, ScoreGroupsStage
 from launch.stage import StageContext
 from launch.stages import score_groups as stage
-from puzzle.config import CostConfig, WorkloadConfig
-from puzzle.cost import Meter
-from puzzle.model import stats
-from puzzle.model.architecture import FFNConfig
+from puzzle import score_metrics
+from puzzle.config import HardwareConfig, WorkloadConfig
 from puzzle.model.checkpoint import copy_tokenizer, load_model
 
 A = (2, 256)
@@ -120,138 +118,97 @@ def test_groups_stay_within_runs_and_the_longest_length(make_architecture):
 
 
 def test_groups_leave_fused_ffns_out(make_architecture):
-    architecture = make_architecture(A, FFN, FFN, FFN, FFN)
-    fused = replace(architecture.blocks[2], parent_block_indices=(2, 7))
-    assert scored_groups(architecture.with_block(2, fused), None) == ((3, 4),)
+    architecture = make_architecture(A, *[FFN] * 6)
+    fused = replace(architecture.blocks[3], parent_block_indices=(3, 9))
+    assert scored_groups(architecture.with_block(3, fused), None) == ((1, 2), (4, 5), (4, 6), (5, 6))
+    assert scored_groups(architecture.with_block(3, fused), 2) == ((1, 2), (4, 5), (5, 6))
+
+
+def test_a_block_that_only_keeps_the_place_of_a_removed_one_is_not_fused(make_architecture):
+    architecture = make_architecture(A, FFN, FFN, FFN)
+    heir = replace(architecture.blocks[2], parent_block_indices=(2, 7), dropped_parent_indices=(7,))
+    assert scored_groups(architecture.with_block(2, heir), None) == ((1, 2), (1, 3), (2, 3))
+
+
+def compiled_scores(monkeypatch, model, architecture, **fields):
+    """Scores through torch.compile, and how many graphs it made; no code is generated."""
+    compile_ = torch.compile
+    block_options = []
+
+    def compile_block(module, **options):
+        block_options.append(options)
+        module._compiled_call_impl = compile_(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    monkeypatch.setattr(nn.Module, "compile", compile_block)
+    monkeypatch.setattr(score_metrics, "_compiled", lambda: score_metrics._of_logits)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # Torch would go on without compiling where shapes are more than it expects.
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1, fail_on_recompile_limit_hit=True):
+        scores = score_groups(model, architecture, SEQUENCES, compile=True, **fields)
+    assert block_options == [{"dynamic": False}] * architecture.num_blocks
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return scores, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "batch_size", "num_graphs"),
+    [
+        # Batches of two sequences and of one: four shapes of blocks, two widths of members.
+        ("folded", 2, 2 * (4 + 2)),
+        # Five sequences of one model; of two models, which only blocks behind a group see: of two shapes.
+        ("last", 16, (4 + 2) + 2),
+    ],
+)
+def test_compiled_shapes_are_few_and_none_is_left_out(
+    tmp_path, make_checkpoint, monkeypatch, norm, batch_size, num_graphs
+):
+    architecture = make_checkpoint(tmp_path / "model", A, FFN, WIDE, FFN, NO_FFN, FFN, FFN)
+    fields = {"norm": norm, "batch_size": batch_size}
+    eager = score_groups(load_model(tmp_path / "model"), architecture, SEQUENCES, **fields)
+    scores, num_compiled = compiled_scores(monkeypatch, load_model(tmp_path / "model"), architecture, **fields)
+    # The same operators in the same order.
+    assert scores == eager
+    assert num_compiled == num_graphs
+
+
+@pytest.mark.parametrize("num_models", [1, 3, 4])
+def test_a_forward_holds_a_power_of_two_of_models(tmp_path, make_checkpoint, monkeypatch, num_models):
+    architecture = make_checkpoint(tmp_path / "model", A, *[FFN] * 6)
+    seen = []
+    through = group_scores._GroupRuns._through
+
+    def recording(runs, hidden, blocks):
+        seen.append(len(hidden) // 5)
+        return through(runs, hidden, blocks)
+
+    monkeypatch.setattr(group_scores._GroupRuns, "_through", recording)
+    score_groups(load_model(tmp_path / "model"), architecture, SEQUENCES, norm="last", batch_size=5 * num_models)
+    assert set(seen) == {n for n in (1, 2, 4) if n <= num_models}
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("norm", ["folded", "last"])
+def test_compiled_members_round_as_compiled_blocks_do(tmp_path, make_checkpoint, norm):
+    """Fusing an FFN that adds nothing changes nothing: what is left of the divergence is how members round."""
+    architecture = make_checkpoint(tmp_path / "model", A, FFN, FFN, FFN)
+    eager, compiled = (load_model(tmp_path / "model", dtype=torch.bfloat16) for _ in range(2))
+    for model in (eager, compiled):
+        nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    expected = score_groups(eager, architecture, SEQUENCES, norm=norm, batch_size=5)
+    scores = score_groups(compiled, architecture, SEQUENCES, norm=norm, batch_size=5, compile=True)
+    nothing, *others = scores.groups
+    assert (nothing.first, nothing.last) == (1, 2)
+    # fp32 log-probabilities that a compiled and an eager softmax gave; members run eagerly leave 1.5e-5.
+    assert abs(nothing.kld) < 1e-7
+    for a, b in zip(expected.groups[1:], others, strict=True):
+        assert b.kld == pytest.approx(a.kld, rel=0.05)  # bf16 rounded in other places
 
 
 def test_nothing_to_group_is_refused(make_architecture):
     with pytest.raises(ValueError, match=r"group_scores: no two neighbouring blocks of the 4 .* remove neighbouring"):
         scored_groups(make_architecture(A, FFN, A, FFN), None)
-
-
-def test_all_widths_are_timed_where_they_are_few(make_architecture):
-    architecture = make_architecture(A, FFN, FFN, FFN, A, (None, 512))
-    groups = scored_groups(architecture, None)
-    assert timed_widths(architecture, groups, num_widths=16) == (256, 512, 768)
-    assert timed_widths(architecture, groups, num_widths=2) == (256, 768)
-
-
-def test_timed_widths_are_near_a_geometric_series_of_widths_that_occur(make_architecture):
-    architecture = make_architecture(A, *[FFN] * 64)
-    widths = timed_widths(architecture, scored_groups(architecture, None), num_widths=10)
-    assert len(widths) == 10
-    assert (widths[0], widths[-1]) == (256, 64 * 256)
-    assert all(width % 256 == 0 for width in widths)
-    # From one to two of the narrowest is as small a step as there is.
-    assert all(narrow < wide <= 2 * narrow for narrow, wide in pairwise(widths))
-
-
-def measure(architecture, widths, **fields):
-    settings = {"workload": WORKLOAD, "device": CPU, "repeats": 3, "warmup": 0, "hardware": "a device", **fields}
-    return measure_ffns(architecture, widths, **settings)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A device on which a block takes 1 ms per million parameters and token, and every run 5 ms more."""
-    rounds = []
-
-    def blocks_step(model, blocks, workload, phase):
-        return 5.0 + 1e-6 * phase.new_tokens * sum(p.numel() for block in blocks for p in block.parameters())
-
-    def interleaved_ms(steps, *, device, repeats, warmup, desc):
-        rounds.append((desc, len(steps), repeats))
-        return {name: [step] * repeats for name, step in steps.items()}
-
-    monkeypatch.setattr(group_scores, "blocks_step", blocks_step)
-    monkeypatch.setattr(group_scores, "interleaved_ms", interleaved_ms)
-    return rounds
-
-
-def test_all_widths_take_turns_and_what_does_not_grow_cancels(make_architecture, clock):
-    latencies, clamped = measure(make_architecture(A, FFN, WIDE), (768, 256, 512))
-    assert [row.ffn_dim for row in latencies] == [256, 512, 768]
-    for row in latencies:
-        assert row.decode_ms == pytest.approx(1e-6 * (3 * row.ffn_dim * 32 + 32))
-        assert row.prefill_ms == pytest.approx(8 * row.decode_ms)
-    assert clamped == ()
-    assert clock == [("prefill", 6, 3), ("decode", 6, 3)]
-
-
-def test_under_tensor_parallelism_one_rank_is_timed(make_architecture, clock):
-    latencies, _ = measure(make_architecture(A, FFN, WIDE), (256, 768), workload=replace(WORKLOAD, tensor_parallel=4))
-    assert [row.ffn_dim for row in latencies] == [256, 768]
-    for row in latencies:
-        assert row.decode_ms == pytest.approx(1e-6 * (3 * row.ffn_dim // 4 * 32 + 32))
-
-
-def test_stacks_share_their_matrices_and_compute_ffns(make_architecture, monkeypatch):
-    """The steps themselves: a chain of FFNs of the width, over parts of the same weights."""
-    kept = {}
-
-    def interleaved_ms(steps, *, device, repeats, warmup, desc):
-        kept[desc] = {name: step() for name, step in steps.items()}
-        return {name: [2.0 if name.endswith(" 0") else 1.0] * repeats for name in steps}
-
-    stacks = []
-
-    def random_stack(*arguments, **fields):
-        stacks.append(original(*arguments, **fields))
-        return stacks[-1]
-
-    original = group_scores.random_stack
-    monkeypatch.setattr(group_scores, "interleaved_ms", interleaved_ms)
-    monkeypatch.setattr(group_scores, "random_stack", random_stack)
-    latencies, _ = measure(make_architecture(A, FFN, WIDE), (256, 768))
-    assert kept["prefill"]["768 0"].shape == (2, 8, 32)
-    assert kept["decode"]["256 1"].shape == (2, 1, 32)
-    narrow, wide = (stack.model.layers for stack in stacks)
-    assert narrow[0].mlp.gate_proj.weight.data_ptr() == wide[0].mlp.gate_proj.weight.data_ptr()
-    assert narrow[1].mlp.gate_proj.weight.data_ptr() > narrow[0].mlp.down_proj.weight.data_ptr()
-    assert wide[0].mlp.gate_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    # The shorter stack has as many weights as the model, which is smaller than any cache.
-    architecture = make_architecture(A, FFN, WIDE)
-    num_copies = -(-stats.num_params(architecture) // stats.ffn_params(architecture, FFNConfig(ffn_dim=256)))
-    assert len(narrow) == 2 * num_copies
-    assert latencies[0].decode_ms == 1.0 / num_copies
-
-
-def test_a_time_not_above_zero_is_measured_again_then_clamped_by_name(make_architecture, monkeypatch):
-    rounds = []
-
-    def interleaved_ms(steps, *, device, repeats, warmup, desc):
-        rounds.append((desc, sorted(steps), repeats))
-        is_noise = desc == "decode"
-        return {n: [1.0 if is_noise and n == "256 0" else 3.0 - float(n[-1])] * repeats for n in steps}
-
-    monkeypatch.setattr(group_scores, "interleaved_ms", interleaved_ms)
-    latencies, clamped = measure(make_architecture(A, FFN, WIDE), (256, 512))
-    assert clamped == ("ffn w256 decode_ms",)
-    assert latencies[0].decode_ms == 0.0
-    assert latencies[1].decode_ms > 0
-    assert rounds[2:] == [("decode", ["256 0", "256 1"], 6), ("decode", ["256 0", "256 1"], 12)]
-
-
-def test_memory_that_is_too_small_is_the_users_error(make_architecture, monkeypatch):
-    def interleaved_ms(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(group_scores, "interleaved_ms", interleaved_ms)
-    with pytest.raises(ValueError, match=r"FFNs of up to 512 channels .* do not fit the memory of a device; lower"):
-        measure(make_architecture(A, FFN, FFN), (256, 512))
-
-
-@pytest.mark.gpu
-def test_latencies_on_a_gpu_are_those_of_the_cost_tables(make_architecture):
-    device = torch.device("cuda", torch.cuda.current_device())
-    architecture = make_architecture(A, FFN, WIDE)
-    workload = replace(WORKLOAD, dtype="bfloat16")
-    latencies, _ = measure(architecture, (256, 768), workload=workload, device=device, repeats=10, warmup=2)
-    meter = Meter(parent=architecture, workload=workload, config=CostConfig(repeats=10, warmup=2), device=device)
-    for row in latencies:
-        # Two medians of the same kernels, apart in time.
-        assert row.decode_ms == pytest.approx(meter.subblock_ms(FFNConfig(ffn_dim=row.ffn_dim))[1], rel=0.3)
 
 
 @pytest.mark.gpu
@@ -323,9 +280,48 @@ def test_stage_end_to_end(tmp_path, child, data):
     assert "ms of decode saved" in result.headline
 
 
+RANKS = replace(WORKLOAD, tensor_parallel=2)
+LINKS = HardwareConfig(name="two of them", all_reduce_s=1e-3, all_reduce_bytes_per_s=1e6)
+
+
+def test_under_tensor_parallelism_each_ffn_ends_in_a_modelled_all_reduce(tmp_path, child, data):
+    result = run(child, data, tmp_path / "scores", workload=RANKS, hardware=LINKS)
+    table = GroupTable.read(tmp_path / "scores" / "groups.json")
+    # Two sequences of 32 channels in fp32, of which each rank sends as many bytes as it holds; in prefill eight tokens.
+    assert table.all_reduce_decode_ms == pytest.approx(1 + 2 * 32 * 4 / 1e3)
+    assert table.all_reduce_prefill_ms == pytest.approx(1 + 8 * 2 * 32 * 4 / 1e3)
+    assert table.ffn_ms(256, "decode") == table.latencies[0].decode_ms + table.all_reduce_decode_ms
+    assert "2 tensor-parallel ranks, all-reduce modelled: two of them)" in result.headline
+    assert result.metrics["all_reduce"] == {
+        "source": "modelled",
+        "hardware": "two of them",
+        "prefill_ms": table.all_reduce_prefill_ms,
+        "decode_ms": table.all_reduce_decode_ms,
+    }
+
+
+def test_on_a_single_rank_there_is_no_all_reduce(tmp_path, child, data):
+    result = run(child, data, tmp_path / "scores", hardware=LINKS)
+    table = GroupTable.read(tmp_path / "scores" / "groups.json")
+    assert (table.all_reduce_prefill_ms, table.all_reduce_decode_ms, table.all_reduce_hardware) == (0.0, 0.0, None)
+    assert result.metrics["all_reduce"] is None
+    assert "all-reduce" not in result.headline
+
+
+def test_rates_of_the_links_are_those_of_the_cost_table():
+    config = compose_stage(ScoreGroupsStage, ["hardware@costs.hardware=h100_sxm"]).group_scores
+    assert config.hardware == compose_stage(MeasureCostsStage, ["hardware@costs.hardware=h100_sxm"]).costs.hardware
+    assert config.hardware.name == "NVIDIA H100 SXM"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"workload": RANKS}, r"has no all_reduce_s and no all_reduce_bytes_per_s; .*hardware@costs.hardware=h100_sxm"),
+        (
+            {"workload": RANKS, "hardware": replace(LINKS, all_reduce_s=None)},
+            r"workload.tensor_parallel=2 every FFN ends in an all-reduce.* has no all_reduce_s; name a device",
+        ),
         ({"seq_len": 129}, r"group_scores.seq_len=129 is beyond the 128 positions"),
         ({"num_sequences": 1}, r"group_scores.num_sequences must be >= 2, got 1"),
         ({"num_sequences": 9}, "9 sequences of 16 tokens asked of the calibration split"),

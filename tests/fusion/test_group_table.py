@@ -5,7 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from fusion.config import FuseConfig
+from fusion.controls import ffns_to_remove
 from fusion.group_table import FFNLatency, GroupScore, GroupTable, RemovalScore
+from fusion.grouping import fusion_groups
 
 TABLE = GroupTable(
     num_tokens=64,
@@ -66,9 +69,50 @@ def test_saving_is_the_members_less_the_fused_ffn():
         TABLE.saved_ms((512, 1024), "decode")
 
 
+def test_every_ffn_ends_in_an_all_reduce():
+    table = replace(TABLE, all_reduce_prefill_ms=0.25, all_reduce_decode_ms=0.125, all_reduce_hardware="a host")
+    assert table.ffn_ms(256, "decode") == 1.125
+    assert table.ffn_ms(768, "prefill") == pytest.approx(9.25)
+    assert table.ffn_ms(256, "request") == pytest.approx(4.25 + 10 * 1.125)
+    # Three FFNs less are two all-reduces less: one is left behind the fused FFN.
+    for latency, all_reduce_ms in (("decode", 0.125), ("prefill", 0.25), ("request", 0.25 + 10 * 0.125)):
+        computed_ms = TABLE.saved_ms((256, 256, 256), latency)
+        assert table.saved_ms((256, 256, 256), latency) == pytest.approx(computed_ms + 2 * all_reduce_ms)
+
+
+def test_a_group_that_saves_nothing_but_an_all_reduce_gains(tmp_path):
+    linear = tuple(FFNLatency(ffn_dim=w, prefill_ms=w / 64, decode_ms=w / 256) for w in (256, 1024))
+    alone = replace(TABLE, latencies=linear)
+    assert alone.saved_ms((256, 512), "decode") == 0.0
+    shared = replace(alone, all_reduce_decode_ms=0.5)
+    assert shared.saved_ms((256, 512), "decode") == pytest.approx(0.5)
+    shared.write(tmp_path / "groups.json")
+    assert GroupTable.read(tmp_path / "groups.json") == shared
+
+
+def test_choice_of_groups_and_removals_count_the_all_reduce(make_architecture):
+    """Three FFNs whose computation fusing does not shorten: all that it saves is two all-reduces."""
+    architecture = make_architecture((2, 256), *[(None, 256)] * 3)
+    config = FuseConfig(choose="most_gain", leave_last_out=False)
+    computed = replace(
+        TABLE,
+        groups=tuple(replace(TABLE.groups[1], last=last, ffn_dim=256 * last) for last in (2, 3)),
+        removals=tuple(RemovalScore(block=index, kld=0.1 * index, kld_stderr=0.0, lm_loss=3.0) for index in (1, 2, 3)),
+        latencies=tuple(FFNLatency(ffn_dim=w, prefill_ms=w / 64, decode_ms=w / 256) for w in (256, 1024)),
+    )
+    with pytest.raises(ValueError, match="no group saves decode latency"):
+        fusion_groups(architecture, config, table=computed)
+    table = replace(computed, all_reduce_decode_ms=4.0)
+    assert fusion_groups(architecture, config, table=table) == ((1, 3),)
+    # Two all-reduces, 8 ms; an FFN with its own takes 5 ms.
+    assert ffns_to_remove(architecture, [(1, 3)], table, config) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"all_reduce_decode_ms": -0.1}, r"all-reduces of 0.0 and -0.1 ms must be >= 0"),
+        ({"all_reduce_prefill_ms": float("nan")}, "all_reduce_prefill_ms is nan"),
         ({"groups": 2 * TABLE.groups}, r"group \(1, 2\) stands twice"),
         ({"removals": 2 * TABLE.removals}, "removal of block 1 stands twice"),
         ({"latencies": ()}, "no FFN latency"),

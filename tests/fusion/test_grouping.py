@@ -147,9 +147,37 @@ def test_fused_architecture_keeps_lineage_and_order(make_architecture):
     assert block_spans(7, groups) == ((0, 0), (1, 2), (3, 3), (4, 4), (5, 6))
 
 
+def test_a_run_goes_on_where_a_part_of_it_is_fused_already(make_architecture):
+    architecture = make_architecture(A, *[F] * 8, A, F, F, F)
+    fused = fused_architecture(architecture, ((3, 4),))
+    assert list(fused.attention_free_runs()) == [(1, 7), (9, 11)]
+    assert list(fused.fusible_runs()) == [(1, 2), (4, 7), (9, 11)]
+    # The last FFN of the run is left out; the one before the fused block is not the last.
+    assert choose(fused) == ((1, 2), (4, 6), (9, 10))
+    assert choose(fused, leave_last_out=False) == ((1, 2), (4, 7), (9, 11))
+    assert choose(fused, group_size=2) == ((1, 2), (4, 6), (9, 10))
+
+
+def test_a_run_that_begins_and_ends_with_fused_blocks(make_architecture):
+    fused = fused_architecture(make_architecture(A, *[F] * 8), ((1, 2), (3, 4), (7, 8)))
+    assert list(fused.fusible_runs()) == [(3, 4)]
+    assert choose(fused) == ((3, 4),)
+
+
+def test_gain_is_sought_among_what_is_not_fused_yet(make_architecture):
+    fused = fused_architecture(make_architecture(A, *[F] * 6), ((1, 2),))
+    table = group_table(fused)
+    groups = choose(fused, None, table, choose="most_gain", leave_last_out=False)
+    assert groups == ((2, 5),)
+
+
 def test_fused_block_is_never_fused_again(make_architecture):
     fused = fused_architecture(make_architecture(A, F, F, F, F), ((1, 2),))
     with pytest.raises(ValueError, match=r"block 1 of group \[1, 2\] is already fused from parent blocks \[1, 2\]"):
+        choose(fused, groups=((1, 2),))
+    with pytest.raises(
+        ValueError, match=r"attention-free runs of this model: 1-3 \(fused already: 1\), with leave_last"
+    ):
         choose(fused)
 
 
@@ -256,7 +284,7 @@ def group_table(architecture, *, kld=None, widths=range(256, 256 * 41, 256), **f
     """All groups of the runs; every FFN takes 1 ms and 0.1 ms per 256 channels to decode, so a merge saves 1 ms."""
     groups = [
         (first, last)
-        for start, end in architecture.attention_free_runs()
+        for start, end in architecture.fusible_runs()
         for first in range(start, end + 1)
         for last in range(first + 1, end + 1)
     ]

@@ -212,10 +212,13 @@ def solution_file(*, method: str = "mip", batch_sizes: tuple[int, ...] = (1,)) -
         "workload": asdict(WorkloadConfig()),
         "method": method,
         "conditional": False,
-        "batch_sizes": [{"batch_size": size, "score": 0.1, "infeasible": None} for size in batch_sizes],
+        "batch_sizes": [
+            {"batch_size": size, "score": 0.1, "infeasible": None, "time_limit": None} for size in batch_sizes
+        ],
         "solutions": [solved(0.7, 0.083, batch_sizes[0]), solved(0.69, 0.1, batch_sizes[-1])],
         "pareto": front if method == "mip" else [],
         "pareto_out_of_reach": [],
+        "pareto_out_of_time": [],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distill.config import RopeConfig
+from fusion.controls import removed_architecture
 from fusion.grouping import fused_architecture
 from launch.cost_section import compare_costs, latency_parts, latency_pictures, own_tables, parent_by_batch_size
 from launch.finished_run import FinishedRun
@@ -26,10 +27,11 @@ def architecture(*blocks: BlockConfig) -> Architecture:
     )
 
 
-def test_a_fused_ffn_costs_its_members_less_the_saving_of_every_merge() -> None:
+def merge_table() -> CostTable:
+    """An attention of 0.14 ms, FFNs of 0.11 (w512) and 0.08 ms (w256), 0.03 ms saved by every merge."""
     sizes = {"params": 0, "weight_bytes": 0}
     costs = {("attention", "kv2"): 0.14, ("attention", "no_op"): 0.0, ("ffn", "w512"): 0.11, ("ffn", "w256"): 0.08}
-    table = CostTable(
+    return CostTable(
         source="measured",
         hardware="a CPU",
         workload=WorkloadConfig(),
@@ -48,13 +50,21 @@ def test_a_fused_ffn_costs_its_members_less_the_saving_of_every_merge() -> None:
         ),
         ffn_merge_saving=MergeSaving(prefill_ms=0.05, decode_ms=0.03),
     )
+
+
+def unfused_model() -> Architecture:
+    """One block that attends, three FFNs of 512, 256 and 256 channels."""
     attention = AttentionConfig(num_kv_heads=2)
     first = BlockConfig(attention=attention, ffn=FFNConfig(ffn_dim=512), parent_block_indices=(0,))
     free = [
         BlockConfig(attention=NO_ATTENTION, ffn=FFNConfig(ffn_dim=width), parent_block_indices=(index,))
         for index, width in enumerate((512, 256, 256), start=1)
     ]
-    unfused = architecture(first, *free)
+    return architecture(first, *free)
+
+
+def test_a_fused_ffn_costs_its_members_less_the_saving_of_every_merge() -> None:
+    table, unfused = merge_table(), unfused_model()
     fused = fused_architecture(unfused, [(1, 3)])
 
     decode = latency_parts(unfused, unfused, table, "decode")
@@ -62,6 +72,33 @@ def test_a_fused_ffn_costs_its_members_less_the_saving_of_every_merge() -> None:
     assert decode == pytest.approx({"attention": 0.14, "FFN": 2 * 0.11 + 2 * 0.08, "embedding and head": 0.4})
     assert latency_parts(fused, unfused, table, "decode")["FFN"] == pytest.approx(decode["FFN"] - 2 * 0.03)
     assert latency_parts(fused, unfused, table, "prefill")["FFN"] == pytest.approx(9 * decode["FFN"] - 2 * 0.05)
+
+
+def test_removed_ffns_cost_nothing_and_save_no_merge() -> None:
+    table, unfused = merge_table(), unfused_model()
+    removed = removed_architecture(unfused, (2,))
+
+    # The same whichever model is taken for the one before fusion.
+    for before in (unfused, removed):
+        assert latency_parts(removed, before, table, "decode")["FFN"] == pytest.approx(2 * 0.11 + 0.08)
+    fused = fused_architecture(removed, [(1, 2)])
+    assert latency_parts(fused, removed, table, "decode")["FFN"] == pytest.approx(2 * 0.11 + 0.08 - 0.03)
+
+
+def test_reversed_ffns_cost_what_they_did() -> None:
+    table, unfused = merge_table(), unfused_model()
+    reordered = unfused.with_blocks(tuple(unfused.blocks[index] for index in (0, 3, 2, 1)))
+
+    assert latency_parts(reordered, reordered, table, "decode") == latency_parts(unfused, unfused, table, "decode")
+
+
+def test_a_fused_parent_costs_what_its_own_variant_does() -> None:
+    """Costs of a model that came fused know its wide FFN itself."""
+    table = merge_table()
+    fused = fused_architecture(unfused_model(), [(2, 3)])
+    assert fused.blocks[2].ffn.ffn_dim == 512
+
+    assert latency_parts(fused, fused, table, "decode")["FFN"] == pytest.approx(3 * 0.11)
 
 
 def table(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,26 @@ from huggingface_hub import constants
 from distill.config import DataConfig, EngineConfig, SourceConfig
 from fusion.config import FuseConfig
 from launch import externals
-from launch.registry import BenchmarkStage, ImportParentStage, PrepareDataStage, SearchStage
-from puzzle.config import BenchmarkConfig, ConstraintConfig, ModelConfig, SearchConfig, WorkloadConfig
+from launch.registry import (
+    STAGES,
+    BenchmarkStage,
+    ImportParentStage,
+    MeasureCostsStage,
+    PrepareDataStage,
+    ScoreLibraryStage,
+    SearchStage,
+)
+from puzzle.config import (
+    BenchmarkConfig,
+    ConstraintConfig,
+    CostConfig,
+    HardwareConfig,
+    ModelConfig,
+    ScoreConfig,
+    SearchConfig,
+    SpaceConfig,
+    WorkloadConfig,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -198,6 +217,82 @@ def test_hardware_is_the_cpu_where_torch_knows_no_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(externals, "cpu_name", lambda: "Some CPU")
     monkeypatch.setattr(externals.metadata, "version", lambda name: "2.13.0+cpu")
     assert _hardware("auto")["device"] == "Some CPU"
+
+
+GPU = HardwareConfig(name="a GPU", flops_per_s=1.0, bytes_per_s=1.0, kernel_launch_s=1.0, all_reduce_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "device", "ranks", "processes", "expected"),
+    [
+        (("measured", "analytic"), HardwareConfig(), 1, 1, None),
+        (("measured", "analytic"), HardwareConfig(), 2, 1, "modelled"),
+        (("measured", "analytic"), HardwareConfig(), 2, 2, "measured"),
+        (("measured",), GPU, 2, 4, "modelled"),
+        (("measured",), GPU, 2, 2, "measured"),
+        (("analytic",), HardwareConfig(), 2, 2, "measured"),
+        (("vllm", "analytic"), GPU, 2, 2, None),
+    ],
+)
+def test_costs_depend_on_whether_all_reduces_are_measured(
+    monkeypatch: pytest.MonkeyPatch, sources: Any, device: HardwareConfig, ranks: int, processes: int, expected: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(externals.metadata, "version", lambda name: "1.0")
+    config = MeasureCostsStage(
+        space=SpaceConfig(),
+        workload=WorkloadConfig(tensor_parallel=ranks),
+        costs=CostConfig(sources=sources, hardware=device),
+        engine=EngineConfig(device="cpu"),
+    )
+    found = STAGES["measure_costs"].load_externals()(config)
+    assert found.get("all_reduce") == expected
+    assert found["device"]
+    assert ("vllm" in found) == ("vllm" in sources)
+
+
+def test_costs_of_a_named_device_depend_on_nothing_here() -> None:
+    costs = CostConfig(sources=("analytic",), hardware=GPU)
+    workload, engine = WorkloadConfig(tensor_parallel=2), EngineConfig()
+    config = MeasureCostsStage(space=SpaceConfig(), workload=workload, costs=costs, engine=engine)
+    assert externals.cost_sources(config) == {}
+
+
+def test_vllm_is_known_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(version: str | None) -> dict[str, Any]:
+        def lookup(name: str) -> str:
+            if name == "vllm" and version is None:
+                raise metadata.PackageNotFoundError(name)
+            return version if name == "vllm" else "2.13.0"  # type: ignore[return-value]
+
+        monkeypatch.setattr(externals.metadata, "version", lookup)
+        costs, engine = CostConfig(sources=("vllm",)), EngineConfig(device="cpu")
+        config = MeasureCostsStage(space=SpaceConfig(), workload=WorkloadConfig(), costs=costs, engine=engine)
+        return externals.cost_sources(config)
+
+    assert found("0.9.0")["vllm"] == "0.9.0"
+    assert found("0.9.1") != found("0.9.0")
+    with pytest.raises(ValueError, match=r"costs\.sources=vllm needs the package vllm, which is not installed here"):
+        found(None)
+
+
+def test_task_scores_depend_on_lm_eval_and_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(version: str = "0.4.13", **scores: Any) -> dict[str, Any]:
+        monkeypatch.setattr(externals.metadata, "version", lambda name: version)
+        config = ScoreConfig(num_sequences=2, seq_len=8, **scores)
+        externals_of = STAGES["score_library"].load_externals()
+        return externals_of(ScoreLibraryStage(scores=config, engine=EngineConfig()))  # type: ignore[misc]
+
+    assert found() == found(task_dir="unused") == {}
+    assert found(tasks=("arc",)) == {"lm_eval": "0.4.13"} != found("0.4.14", tasks=("arc",))
+    own = {"tasks": ("mine",), "task_dir": str(tmp_path)}
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    before = found(**own)
+    assert set(before) == {"lm_eval", "task_dir"}
+    (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
+    assert found(**own) != before
+    with pytest.raises(ValueError, match=r"scores\.task_dir=/no/tasks does not exist"):
+        found(tasks=("mine",), task_dir="/no/tasks")
 
 
 def test_no_torch_is_imported() -> None:

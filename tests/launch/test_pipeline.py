@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -169,8 +169,67 @@ def test_inputs_that_a_setting_needs_are_missed_before_anything_runs(override: s
         plan(compose_pipeline("demo", [override]), [override])
 
 
-def test_search_and_fusion_must_mean_the_same() -> None:
-    override = "steps.fused.fuse.leave_last_out=false"
-    with pytest.raises(ValueError, match=r"fuse\.leave_last_out differs between steps \(search: True, fused: False\)"):
-        plan(compose_pipeline("demo", [override]), [override])
-    assert plan(compose_pipeline("demo", []), ["fuse.leave_last_out=false"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["steps.fused.fuse.leave_last_out=false"],
+            r"leave_last_out differs between steps \(search: True, fused: False\)",
+        ),
+        (["steps.fused.fuse.min_length=4"], r"fuse\.min_length differs between steps \(search: 2, fused: 4\)"),
+        (
+            ["steps.fused.fuse.group_size=2"],
+            r"step fused: fuse\.group_size=2 is not in the search's fusion-aware cost;",
+        ),
+        (["fuse.max_dependency=0.1"], r"fuse\.max_dependency=0\.1 is not in .*, or set search\.fusion_aware=false"),
+        (["steps.search.fuse.max_ffn_dim=512"], r"step search: fuse\.max_ffn_dim=512 is not in"),
+        # The control fuses nothing.
+        (
+            ["steps.fused.fuse.treatment=reverse"],
+            r"step search: .* no fuse step goes on from its solution; add one, or",
+        ),
+    ],
+)
+def test_a_fusion_aware_search_must_mean_the_fusion_that_follows(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(compose_pipeline("demo", overrides), overrides)
+    overrides = [*overrides, "steps.search.search.fusion_aware=false"]
+    assert plan(compose_pipeline("demo", overrides), overrides)
+
+
+def test_search_and_fusion_may_change_together() -> None:
+    assert plan(compose_pipeline("demo", []), ["fuse.leave_last_out=false", "fuse.min_length=3", "fuse.norm=last"])
+
+
+def test_only_fusions_in_the_line_of_a_search_are_compared_with_it() -> None:
+    """The last FFN in or out (Table 5) is one pipeline: another model is fused otherwise than the search counts on."""
+    demo = compose_pipeline("demo", [])
+    other = {
+        "pruned": StepConfig(stage="prune_attention", inputs={"model": "parent", "data": "data"}),
+        "with_last": StepConfig(stage="fuse", inputs={"model": "pruned"}, overrides=("fuse.leave_last_out=false",)),
+        "in_pairs": StepConfig(stage="fuse", inputs={"model": "pruned"}, overrides=("fuse=step_1",)),
+    }
+    assert plan(replace(demo, steps={**demo.steps, **other}), [])
+    beside = {
+        "with_last": StepConfig(stage="fuse", inputs={"model": "child"}, overrides=("fuse.leave_last_out=false",))
+    }
+    with pytest.raises(ValueError, match=r"differs between steps \(search: True, with_last: False\)"):
+        plan(replace(demo, steps={**demo.steps, **beside}), [])
+
+
+def test_without_a_fusion_no_search_may_count_on_one() -> None:
+    puzzle = compose_pipeline("puzzle", [])
+    # A parent that needs no weights.
+    start = {
+        "data": StepConfig(stage="prepare_data", overrides=("data=python_stdlib", "data.tokenizer=train")),
+        "parent": StepConfig(stage="pretrain", inputs={"data": "data"}),
+    }
+    rest = {name: step for name, step in puzzle.steps.items() if name not in start}
+    puzzle = replace(puzzle, steps={**start, **rest})
+    assert not any(step.config.search.fusion_aware for step in plan(puzzle, []) if step.recipe.stage == "search")
+    aware = ["steps.search.search.fusion_aware=true"]
+    with pytest.raises(
+        ValueError, match=r"step search: search\.fusion_aware=true counts on a fusion, but no fuse step"
+    ):
+        plan(puzzle, aware)
+    assert plan(puzzle, aware, is_fused_elsewhere=True)

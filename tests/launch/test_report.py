@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 
+from fusion.controls import removed_architecture
 from launch.artifact import Artifact
+from launch.cost_section import latency_parts
+from launch.finished_run import FinishedRun, read_architecture
 from launch.report import write_report
+from puzzle.config import WorkloadConfig
+from puzzle.model.architecture import Architecture
+from puzzle.model.hf_config import hf_config
+from puzzle.tables import CostTable, MergeSaving, OverheadCost, SubblockCost
 
 
 def written_report(run_dir: Path, steps: dict[str, Artifact]) -> dict[str, Any]:
@@ -102,3 +109,99 @@ def test_no_recovery_is_claimed_where_surgery_did_no_harm(short: Any, tmp_path: 
 def test_a_run_without_a_model_has_no_report(short: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a run of data has no model to report on"):
         write_report(tmp_path / "short", "short", {"data": short.steps["data"]})
+
+
+def add_control(run: Any, step: str, treatment: str) -> Architecture:
+    """The output of a fuse step that removed or reversed two of the FFNs of ``pruned``."""
+    pruned = read_architecture(run.steps["pruned"])
+    first, *_ = next(pruned.attention_free_runs())
+    if treatment == "remove":
+        model = removed_architecture(pruned, (first + 1, first + 2))
+    else:
+        order = [*range(first), first + 1, first, *range(first + 2, pruned.num_blocks)]
+        model = pruned.with_blocks(tuple(pruned.blocks[index] for index in order))
+    files = {"config.json": hf_config(model, "float32"), "fusion.json": {"treatment": treatment, "verify": {}}}
+    run.step(step, "fuse", "model", files, {"model": "pruned"})
+    return model
+
+
+@pytest.mark.parametrize(("treatment", "num_removed"), [("remove", 2), ("reverse", 0)])
+def test_a_control_is_not_reported_as_fused(short: Any, tmp_path: Path, treatment: str, num_removed: int) -> None:
+    model = add_control(short, "control", treatment)
+
+    report = written_report(tmp_path, short.steps)
+
+    assert report["final_model"] == "control"
+    assert report["evidence"]["num_ffn_runs_fused"] == 0
+    assert report["evidence"]["num_blocks_removed"] == num_removed
+    assert report["evidence"]["fused_equals_parallel_sum_max_relative_error"] is None
+    run = FinishedRun(short.steps)
+    assert run.unfused is run.final, "nothing in it is fused"
+    assert run.fusions == ()
+    parts = latency_parts(model, read_architecture(run.unfused), merge_table(model), "decode")
+    assert parts["FFN"] == pytest.approx(0.1 * model.num_blocks), "no merge is charged"
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "FFNs fused to width" not in page
+    assert "equals the parallel sum" not in page
+    assert ("2 blocks removed" in page) == (treatment == "remove")
+
+
+def merge_table(model: Architecture) -> CostTable:
+    """Every FFN takes 0.1 ms, a merge saves 0.03 ms, all else is free."""
+    variants = {("attention", block.attention.name): 0.0 for block in model.blocks}
+    variants |= {("ffn", block.ffn.name): 0.1 for block in model.blocks}
+    sizes = {"params": 0, "weight_bytes": 0}
+    return CostTable(
+        source="measured",
+        hardware="a CPU",
+        workload=WorkloadConfig(),
+        kv_tokens=256,
+        overhead=OverheadCost(prefill_ms=0.0, decode_ms=0.0, **sizes),
+        subblocks=tuple(
+            SubblockCost(
+                subblock=subblock,  # type: ignore[arg-type]
+                variant=variant,
+                prefill_ms=ms,
+                decode_ms=ms,
+                kv_bytes_per_token=0,
+                **sizes,
+            )
+            for (subblock, variant), ms in variants.items()
+        ),
+        ffn_merge_saving=MergeSaving(prefill_ms=0.0, decode_ms=0.03),
+    )
+
+
+def test_evidence_is_of_the_final_models_own_line(short: Any, tmp_path: Path) -> None:
+    """A control comes after the fusion, and another fusion beside it, but the model that is judged comes of neither."""
+    config = json.loads((short.steps["fused"].path / "config.json").read_text())
+    add_control(short, "control", "remove")
+    beside = {"treatment": "fuse", "verify": {"max_relative_error_fp32": 7e-6}}
+    short.step("beside", "fuse", "model", {"config.json": config, "fusion.json": beside}, {"model": "pruned"})
+    trained = {"config.json": config, "metrics.jsonl": ""}
+    short.step("mended", "distill_groups", "model", trained, {"model": "pruned", "fused": "fused", "data": "data"})
+    short.step("distilled", "distill", "model", trained, {"student": "mended", "teacher": "parent", "data": "data"})
+    measured = {"lm_loss": 3.5, "kld": 0.1, "top1_agreement_frac": 0.9, "by_length": {}}
+    compared = {"parent": "parent", "distilled": "distilled"}
+    evaluation = {"models": dict.fromkeys(compared, measured)}
+    short.step("evaluation", "evaluate", "report", {"evaluate.json": evaluation}, {**compared, "data": "data"})
+
+    evidence = written_report(tmp_path, short.steps)["evidence"]
+
+    assert evidence["fused_equals_parallel_sum_max_relative_error"] == 3e-7
+    assert (evidence["num_ffn_runs_fused"], evidence["num_blocks_removed"]) == (1, 0)
+    run = FinishedRun(short.steps)
+    line = [run.step_of(artifact) for artifact in run.line_of(run.final)]
+    assert line == ["distilled", "mended", "fused", "pruned", "parent"]
+    assert run.step_of(run.unfused) == "pruned"
+    assert run.unfused_of(short.steps["control"]) == short.steps["control"]
+
+
+def test_evidence_of_a_model_that_was_fused_twice_is_the_worse_one(short: Any, tmp_path: Path) -> None:
+    config = json.loads((short.steps["fused"].path / "config.json").read_text())
+    fusion = {"treatment": "fuse", "verify": {"max_relative_error_fp32": 4e-7}}
+    short.step("again", "fuse", "model", {"config.json": config, "fusion.json": fusion}, {"model": "fused"})
+
+    evidence = written_report(tmp_path, short.steps)["evidence"]
+
+    assert evidence["fused_equals_parallel_sum_max_relative_error"] == 4e-7

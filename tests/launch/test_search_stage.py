@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,9 @@ from fusion.config import FuseConfig
 from launch.registry import SearchStage
 from launch.stage import StageContext
 from launch.stages import search
+from puzzle import mip
 from puzzle.config import ConstraintConfig, SearchConfig, SpaceConfig, WorkloadConfig
+from puzzle.integer_program import TimeLimitError
 from puzzle.model.hf_config import hf_config
 from puzzle.space import block_variants
 from puzzle.tables import CostFile, CostTable, MergeSaving, OverheadCost, ScoreRow, ScoreTable, SubblockCost
@@ -171,6 +174,51 @@ def test_search_by_a_baseline(context, scores, costs):
     assert result.headline.startswith("attention_pruning: 3 of 4 attentions removed")
 
 
+def test_baselines_choose_a_batch_size_by_what_they_go_by(context, scores, costs):
+    """At batch size 4 the 16 ms allow far less: more of the attentions go, and with them parameters."""
+    fields = {"constraint": ConstraintConfig(latency_ms=16.0), "batch_sizes": (), "metric": "lm_loss"}
+    _, content = run_search(context, scores, costs, method="max_params", pareto_latency_fracs=(0.9,), **fields)
+    # A loss that falls with every change would have led to batch size 4.
+    one, four = content["batch_sizes"]
+    assert four["score"] < one["score"] == content["solutions"][0]["score"]
+    assert content["solutions"][0]["batch_size"] == 1
+    better_by_score = 0
+    for seed in range(8):
+        _, content = run_search(context, scores, costs, method="random", random_seed=seed, **fields)
+        one, four = content["batch_sizes"]
+        better_by_score += four["score"] < one["score"]
+        # What batch size 4 admits batch size 1 does too, so the least sum of lots is there.
+        assert content["solutions"][0]["batch_size"] == 1
+    assert better_by_score > 0
+
+
+def test_what_is_lost_to_the_time_limit_is_said(context, scores, costs, monkeypatch):
+    minimise = mip.minimise
+    calls = itertools.count()
+
+    def limited(*args, **settings):
+        if next(calls) in (0, 2):
+            raise TimeLimitError("search.time_limit_seconds=60 passed; raise it")
+        return minimise(*args, **settings)
+
+    monkeypatch.setattr(mip, "minimise", limited)
+    fields = {"constraint": ConstraintConfig(latency_frac=0.9), "pareto_latency_fracs": (0.9, 1.0)}
+    _, content = run_search(context, scores, costs, batch_sizes=(), **fields)
+    one, four = content["batch_sizes"]
+    assert (one["score"], one["infeasible"], one["time_limit"][:28]) == (None, None, "search.time_limit_seconds=60")
+    assert (four["infeasible"], four["time_limit"], content["solutions"][0]["batch_size"]) == (None, None, 4)
+    # The point that batch size 1 lost, batch size 4 has.
+    assert [point["latency_frac"] for point in content["pareto"]] == [0.9, 1.0]
+    assert (content["pareto"][0]["batch_size"], content["pareto_out_of_time"]) == (4, [])
+
+    calls = iter([0, 2])
+    with pytest.raises(TimeLimitError, match=r"passed; raise it; at batch size 4: search\.time_limit_seconds=60"):
+        run_search(context, scores, costs, batch_sizes=(), **fields)
+    calls = iter([1, 2, 1])
+    _, content = run_search(context, scores, costs, **fields)
+    assert (content["pareto_out_of_time"], content["pareto_out_of_reach"]) == ([0.9], [])
+
+
 def test_search_on_conditional_scores(context, scores, costs):
     """Scores of changes to the child without its last attention: the parent's own last block is not among the rows."""
     table = ScoreTable.read(scores / "scores.json")
@@ -181,6 +229,10 @@ def test_search_on_conditional_scores(context, scores, costs):
     assert content["solutions"][0]["blocks"] == list(base)
     assert content["solutions"][0]["parent_costs"]["latency_ms"] == 16.5
     assert content["conditional"] is True
+    fields = {"method": "attention_pruning", "constraint": ConstraintConfig(latency_ms=14.5)}
+    _, content = run_search(context, scores, costs, **fields)
+    # The base takes 15.5 ms, so one more attention goes.
+    assert content["solutions"][0]["blocks"] == ["kv2+w512", "kv2+w512", "no_op+w512", "no_op+w512"]
 
 
 def test_search_without_the_table(context, scores, costs):

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from launch import artifact as artifact_module
 from launch.artifact import Artifact, DamagedArtifactError, Recipe
 from launch.stage import StageContext, StageResult
 from launch.store import Job, Store, is_disk_full
@@ -156,3 +159,67 @@ def test_artifact_under_another_name_is_not_taken_for_it(tmp_path: Path) -> None
     shutil.copytree(first.path, store.path(job(write, value=2).recipe))
     with pytest.raises(DamagedArtifactError, match="not the one that its name says"):
         store.get_or_compute(job(refuse, value=2), on_wait=silent)
+
+
+def test_work_goes_on_apart_from_the_artifacts_place(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def body(context: StageContext) -> StageResult:
+        assert context.out == store.unfinished_path(job(write).recipe)
+        assert not store.path(job(write).recipe).exists()
+        (context.out / "replacements").mkdir()
+        (context.out / "replacements" / "a.txt").write_text("a")
+        return write(context)
+
+    artifact, _ = store.get_or_compute(job(body), on_wait=silent)
+    assert artifact.path == store.path(artifact.manifest.recipe)
+    assert [record.name for record in artifact.manifest.files] == ["payload.txt", "replacements/a.txt"]
+    assert Artifact.load(artifact.path) == artifact
+    assert not list((tmp_path / ".unfinished").iterdir())
+
+
+def test_an_interrupted_stage_leaves_nothing_but_its_resume_state(tmp_path: Path) -> None:
+    def interrupted(context: StageContext) -> StageResult:
+        write(context)
+        (context.resume / "point.txt").write_text("step 3")
+        raise KeyboardInterrupt
+
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.get_or_compute(job(interrupted), on_wait=silent)
+    assert not store.path(job(write).recipe).exists()
+    assert not store.unfinished_path(job(write).recipe).exists()
+    assert (store.resume_path(job(write).recipe) / "point.txt").is_file()
+
+
+def _compute_until_killed(root: str, function: str) -> None:
+    def kill(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(artifact_module, function, kill)
+    Store(Path(root)).get_or_compute(job(write), on_wait=silent)
+
+
+@pytest.mark.parametrize("function", ["sha256_of", "replace", "_fsync_directory"])
+def test_a_kill_between_the_payload_and_the_commit_leaves_no_artifact(tmp_path: Path, function: str) -> None:
+    """While files are hashed, before the manifest is written, and between the manifest and the rename."""
+    process = multiprocessing.get_context("fork").Process(target=_compute_until_killed, args=(str(tmp_path), function))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    store, recipe = Store(tmp_path), job(write).recipe
+    assert (store.unfinished_path(recipe) / "payload.txt").is_file()
+    assert store.find(recipe) is None
+    assert not store.path(recipe).exists()
+    _, cached = store.get_or_compute(job(write), on_wait=silent)
+    assert not cached
+    assert not store.unfinished_path(recipe).exists()
+
+
+def test_place_without_a_manifest_is_computed_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, _ = store.get_or_compute(job(write), on_wait=silent)
+    (first.path / artifact_module.MANIFEST_NAME).unlink()
+    again, cached = Store(tmp_path).get_or_compute(job(write), on_wait=silent)
+    assert not cached
+    again.verify()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor
 
 from puzzle.assemble import assemble, child_architecture
-from puzzle.child_init import checkpoint_init
+from puzzle.child_init import CheckpointInit
 from puzzle.config import SpaceConfig
 from puzzle.importance import Rankings
 from puzzle.library import BlockLibrary, Mode, library_replacements
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
 from puzzle.model.tensor_layout import block_prefix
 from puzzle.space import block_variants
+from tests.puzzle.libraries import add
 
 
 def make_library(directory: Path, parent_dir: Path, space: SpaceConfig, mode: Mode) -> BlockLibrary:
@@ -22,12 +24,12 @@ def make_library(directory: Path, parent_dir: Path, space: SpaceConfig, mode: Mo
     parent = read_architecture(parent_dir)
     variants = tuple(block_variants(parent, index, space) for index in range(parent.num_blocks))
     library = BlockLibrary.create(directory, parent, variants, dtype=torch.float32, mode=mode)
-    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={})
+    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={}, criterion="independent")
     with TensorReader(parent_dir) as reader:
-        init = checkpoint_init(reader, parent, rankings, "mean_pool")
+        init = CheckpointInit(reader, parent, rankings, "mean_pool")
         for mark, replacement in enumerate(library_replacements(parent, variants, mode)):
             tensors = {name: tensor + mark * name.endswith("norm.weight") for name, tensor in init(replacement).items()}
-            library.add(replacement, tensors, bld_nmse_init=1.0, bld_nmse=1.0)
+            add(library, replacement, tensors, bld_nmse_init=1.0, bld_nmse=1.0)
     library.write_index()
     return library
 
@@ -47,6 +49,20 @@ def test_child_of_all_parent_variants_is_the_parent(
     with TensorReader(lively_parent_dir) as parent, TensorReader(tmp_path / "child") as reader:
         assert reader.names() == parent.names()
         assert all(torch.equal(reader.read(name), parent.read(name)) for name in parent.names())
+
+
+def test_a_block_that_stands_for_removed_ones_still_does_in_the_child(
+    lively_parent_dir: Path, space: SpaceConfig
+) -> None:
+    parent = read_architecture(lively_parent_dir)
+    first = replace(parent.blocks[0], parent_block_indices=(0, 1), dropped_parent_indices=(1,))
+    shortened = parent.with_blocks((first, *parent.blocks[2:]))
+
+    child = child_architecture(shortened, ["no_op+w512", "kv2+w512", "kv2+w512"])
+
+    assert (child.blocks[0].parent_block_indices, child.blocks[0].dropped_parent_indices) == ((0, 1), (1,))
+    assert not child.blocks[0].is_fused
+    assert not any(block.is_fused for block in block_variants(shortened, 0, space))
 
 
 @pytest.mark.parametrize("mode", ["decoupled", "coupled"])

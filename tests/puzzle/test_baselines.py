@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from puzzle.baselines import METHODS, find
+from puzzle.baselines import METHODS, find, merit
 from puzzle.config import ConstraintConfig, SearchConfig, WorkloadConfig
 from puzzle.search_problem import TOLERANCE, InfeasibleError, budgets_of, build_problem, costs_of
 from puzzle.tables import CostTable, MergeSaving, OverheadCost, SubblockCost
@@ -44,10 +45,10 @@ def cost_table(*, saving_ms=0.25):
     )
 
 
-def make_problem(scores, method, *, saving_ms=0.25, **fields):
+def make_problem(scores, method, *, saving_ms=0.25, base=None, **fields):
     own = [PARENT] * len(scores)
     config = SearchConfig(constraint=ConstraintConfig(), method=method, **fields)
-    return build_problem(scores, costs_of(cost_table(saving_ms=saving_ms), scores, own), own, config)
+    return build_problem(scores, costs_of(cost_table(saving_ms=saving_ms), scores, own), own, config, base=base)
 
 
 def random_scores(seed, num_blocks=8):
@@ -117,6 +118,37 @@ def test_attention_pruning_takes_the_lowest_scores_and_no_more_than_needed():
     aware = make_problem(scores, "attention_pruning", saving_ms=1.0)
     (found,) = find(aware, budgets_of(aware, ConstraintConfig(latency_ms=12.5)))
     assert (found.blocks.count("no_op+w512"), found.num_merges) == (3, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_conditional_scores(method):
+    """Scores of changes to a child that lacks an attention and an FFN: the parent's own blocks are not among them."""
+    base = [PARENT, "no_op+w512", "kv2+no_op", PARENT]
+    scores = [
+        {PARENT: 0.0, "no_op+w512": 0.2, "kv2+w256": 0.1},
+        {"no_op+w512": 0.0, "no_op+w256": 0.3},
+        {"kv2+no_op": 0.0, "no_op+no_op": 0.05},
+        {PARENT: 0.0, "no_op+w512": 0.1, "kv2+w256": 0.2},
+    ]
+    problem = make_problem(scores, method, fusion_aware=False, base=base)
+    # The base takes 12.5 ms.
+    (found,) = find(problem, budgets_of(problem, ConstraintConfig(latency_ms=10.6)))
+    assert all(variant in row for variant, row in zip(found.blocks, scores, strict=True))
+    if method == "attention_pruning":
+        assert found.blocks == (PARENT, "no_op+w512", "no_op+no_op", "no_op+w512")
+    (found,) = find(problem, budgets_of(problem, ConstraintConfig(latency_ms=12.5)))
+    if method not in ("random", "greedy"):
+        assert found.blocks == tuple(base)
+
+
+def test_what_a_method_goes_by_says_which_batch_size_is_its_own():
+    scores = random_scores(5)
+    for method in ("mip", "no_op_only", "random", "max_params"):
+        problem = make_problem(scores, method, fusion_aware=False)
+        loose, tight = (find(problem, budgets_of(problem, ConstraintConfig(latency_frac=f)))[0] for f in (0.9, 0.8))
+        # The wider budget is the better one by the method's own measure, whatever the scores say.
+        assert merit(problem, loose) <= merit(problem, tight) + 1e-2 * (method == "random") * merit(problem, tight)
+    assert merit(make_problem(scores, "max_params"), replace(loose, method="max_params")) == -loose.costs["params"]
 
 
 def test_random_choices_are_seeded():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ from distill.engine.base import resolve_dtype
 from distill.tracking import Tracker
 from puzzle import bld, group_training
 from puzzle.bld import distill_library, plan_groups
-from puzzle.child_init import checkpoint_init
+from puzzle.child_init import CheckpointInit, LibraryInit
 from puzzle.config import LibraryConfig, SpaceConfig
 from puzzle.group_training import BldSettings
 from puzzle.importance import measure_rankings
-from puzzle.library import BlockLibrary, LibraryEntry, Mode, library_init, library_replacements
+from puzzle.library import BlockLibrary, LibraryEntry, Mode, Replacement, library_replacements
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
 from puzzle.model.stats import attention_params, ffn_params
 from puzzle.pool import ReplacementPool
@@ -81,14 +81,12 @@ def build(
         TensorReader(parent_dir) as reader,
         Tracker(directory / "metrics.jsonl", TrackingConfig(), **tracking) as tracker,
     ):
-        init = (
-            library_init(earlier, reader) if earlier else checkpoint_init(reader, architecture, rankings, "mean_pool")
-        )
+        own_init = CheckpointInit(reader, architecture, rankings, "mean_pool")
         distill_library(
             library,
             parent,
             library_replacements(architecture, variants, mode),
-            library_init(earlier, reader) if earlier else init,
+            LibraryInit(earlier, reader) if earlier else own_init,
             settings,
             pool=ReplacementPool(directory=pool or directory / "pool", facts={"lr": settings.optim.lr}),
             resume_dir=directory / "resume",
@@ -277,6 +275,22 @@ def test_damaged_file_of_the_pool_is_trained_again(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(tmp_path / "third", lively_parent_dir, space, settings, blocks=[1], pool=pool)
+
+
+def test_first_weights_are_made_once_and_only_for_what_is_trained(
+    tmp_path: Path, lively_parent_dir: Path, space: SpaceConfig, settings: BldSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, made = tmp_path / "pool", list[str]()
+
+    def counting_call(init: CheckpointInit, item: Replacement, plain: Any = CheckpointInit.__call__) -> Any:
+        made.append(item.name)
+        return plain(init, item)
+
+    monkeypatch.setattr(CheckpointInit, "__call__", counting_call)
+    first = build(tmp_path / "first", lively_parent_dir, space, settings, blocks=[1], pool=pool)
+    assert made == [item.name for item in first.entries]
+    build(tmp_path / "again", lively_parent_dir, space, settings, blocks=[1], pool=pool)
+    assert len(made) == len(first.entries)
 
 
 def test_kill_while_a_group_is_put_away_costs_no_more_than_since_the_last_resume_point(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from distill.config import RopeConfig
+from puzzle import child_init
 from puzzle.blockwise import build_block
 from puzzle.child_init import (
+    CheckpointInit,
     KVInit,
-    checkpoint_init,
     init_attention,
     init_ffn,
     kept_first,
@@ -25,11 +28,13 @@ from puzzle.child_init import (
     select_kv_heads,
     slice_ffn,
 )
+from puzzle.config import SpaceConfig
 from puzzle.importance import Rankings
-from puzzle.library import Replacement, subblock_of
+from puzzle.library import Mode, Replacement, library_replacements, subblock_of
 from puzzle.model.architecture import NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig, dense_blocks
 from puzzle.model.checkpoint import TensorReader, build_model
 from puzzle.model.tensor_layout import block_prefix, block_shapes
+from puzzle.space import block_variants
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 32, 8, 4, 4, 512
 
@@ -239,6 +244,7 @@ def test_results_keep_the_parents_data_type(block: dict[str, Tensor]) -> None:
 
 KV1, W256 = AttentionConfig(num_kv_heads=1), FFNConfig(ffn_dim=256)
 LINEAR = AttentionConfig(kind="linear")
+OWN_BLOCK = dense_blocks(1, num_kv_heads=2, ffn_dim=512)[0]
 
 
 @pytest.mark.parametrize("kv_init", ["mean_pool", "select"])
@@ -250,6 +256,7 @@ def test_checkpoint_init_gives_every_form_of_replacement_the_tensors_of_its_shap
     rankings = Rankings(
         channels={2: torch.randperm(512, generator=generator)},
         kv_heads={2: torch.tensor([1, 0])} if kv_init == "select" else {},
+        criterion="independent",
     )
     pairs = [(KV1, W256), (own.attention, W256), (LINEAR, FFNConfig(kind="linear")), (KV1, own.ffn)]
     alone = [
@@ -260,7 +267,7 @@ def test_checkpoint_init_gives_every_form_of_replacement_the_tensors_of_its_shap
         Replacement(block=2, ffn=own.ffn, beside="no_op"),
     ]
     with TensorReader(lively_parent_dir) as reader:
-        init = checkpoint_init(reader, pico_architecture, rankings, kv_init)
+        init = CheckpointInit(reader, pico_architecture, rankings, kv_init)
         for replacement in (*alone, *(Replacement(block=2, attention=a, ffn=f) for a, f in pairs)):
             config = BlockConfig(
                 attention=replacement.attention or AttentionConfig(kind="no_op"),
@@ -276,3 +283,64 @@ def test_checkpoint_init_gives_every_form_of_replacement_the_tensors_of_its_shap
         key = reader.read(block_prefix(2) + "self_attn.k_proj.weight").unflatten(0, (2, -1))
     expected = key[1] if kv_init == "select" else key.mean(dim=0)
     torch.testing.assert_close(pair["self_attn.k_proj.weight"], expected)
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
+def test_tensors_of_a_block_are_read_once_for_all_its_replacements(
+    lively_parent_dir: Path,
+    pico_architecture: Architecture,
+    space: SpaceConfig,
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variants = [block_variants(pico_architecture, index, space) for index in range(4)]
+    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={}, criterion="independent")
+    read, num_products = Counter[str](), Counter[str]()
+
+    def counting_read(reader: TensorReader, name: str, plain: Any = TensorReader.read) -> Tensor:
+        read[name] += 1
+        return plain(reader, name)
+
+    def counting_linear_ffn(up_proj: Tensor, down_proj: Tensor) -> Tensor:
+        num_products["ffn"] += 1
+        return linear_ffn(up_proj, down_proj)
+
+    monkeypatch.setattr(TensorReader, "read", counting_read)
+    monkeypatch.setattr(child_init, "linear_ffn", counting_linear_ffn)
+    with TensorReader(lively_parent_dir) as reader:
+        init = CheckpointInit(reader, pico_architecture, rankings, "mean_pool")
+        for replacement in library_replacements(pico_architecture, variants, mode):
+            init.origin(replacement)
+            init(replacement)
+    blocks = [block_prefix(index) + name for index in range(4) for name in block_shapes(pico_architecture, OWN_BLOCK)]
+    # The attention of block 0 stays: of a pair its tensors are needed, alone they are not.
+    needed = [name for name in blocks if mode == "coupled" or not (".0." in name and subblock_of(name[15:]) != "ffn")]
+    assert read == Counter(needed)
+    assert num_products["ffn"] == 4
+
+
+@pytest.mark.parametrize(
+    ("replacement", "origin"),
+    [
+        (Replacement(block=1, ffn=W256), {"channels": "independent"}),
+        (Replacement(block=1, ffn=W256, beside="no_op"), {"channels": "independent"}),
+        (Replacement(block=1, ffn=FFNConfig(ffn_dim=512), beside="no_op"), {}),
+        (Replacement(block=1, ffn=FFNConfig(kind="linear")), {}),
+        (Replacement(block=1, attention=KV1), {"kv_heads": "select"}),
+        (Replacement(block=1, attention=LINEAR), {}),
+        (Replacement(block=1, attention=KV1, ffn=W256), {"kv_heads": "select", "channels": "independent"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Replacement) else "",
+)
+def test_origin_names_what_the_first_weights_depend_on_beside_the_parent(
+    lively_parent_dir: Path, pico_architecture: Architecture, replacement: Replacement, origin: dict[str, str]
+) -> None:
+    """Rankings that differ by rounding have the same criterion, and what starts from them the same origin."""
+    with TensorReader(lively_parent_dir) as reader:
+        for order in (torch.arange(512), torch.arange(512).flip(0)):
+            rankings = Rankings(channels={1: order}, kv_heads={1: torch.tensor([1, 0])}, criterion="independent")
+            assert CheckpointInit(reader, pico_architecture, rankings, "select").origin(replacement) == origin
+        other = replace(rankings, criterion="iterative in 4 rounds")
+        found = CheckpointInit(reader, pico_architecture, other, "mean_pool").origin(replacement)
+    further = {"channels": "iterative in 4 rounds", "kv_heads": "mean_pool"}
+    assert found == {name: further[name] for name in origin}

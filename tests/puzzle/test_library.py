@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from puzzle.child_init import LibraryInit
 from puzzle.config import SpaceConfig
 from puzzle.library import (
     BlockLibrary,
+    LibraryEntry,
     Mode,
     Replacement,
     Variants,
@@ -18,12 +22,12 @@ from puzzle.library import (
     crossed_variants,
     file_of,
     inherited_names,
-    library_init,
     library_replacements,
 )
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import TensorReader
 from puzzle.space import block_variants
+from tests.puzzle.libraries import add
 
 KV1, KV2 = AttentionConfig(num_kv_heads=1), AttentionConfig(num_kv_heads=2)
 W256, W512 = FFNConfig(ffn_dim=256), FFNConfig(ffn_dim=512)
@@ -41,7 +45,7 @@ def fill(library: BlockLibrary) -> BlockLibrary:
     """Every replacement that the library's variants need, each tensor full of the replacement's ordinal."""
     for mark, item in enumerate(library_replacements(library.parent, library.variants, library.mode)):
         tensors = {name: torch.full(shape, float(mark)) for name, shape in item.shapes(library.parent).items()}
-        library.add(item, tensors, bld_nmse_init=0.5, bld_nmse=0.25)
+        add(library, item, tensors, bld_nmse_init=0.5, bld_nmse=0.25)
     library.write_index()
     return BlockLibrary.open(library.directory)
 
@@ -192,13 +196,38 @@ def test_crossed_variants_are_what_was_chosen_anywhere_and_the_parents(pico_arch
     ]
 
 
+def test_crossed_variants_of_the_most_used_subblocks(pico_architecture: Architecture) -> None:
+    """Uses are counted over all blocks; the parent's own subblock stays, however rarely it is used."""
+    space = SpaceConfig(kv_heads=(1,), attention_linear=True, ffn_fracs=(0.5,), ffn_linear=True, ffn_no_op=True)
+    variants = space_variants(pico_architecture, space)
+    chosen = [*["linear+w256"] * 2, *["no_op+no_op"] * 3, "kv2+w256", "kv1+linear", "kv1+w256"]
+
+    def left(**limits: int) -> list[str]:
+        return [one.name for one in crossed_variants(variants, chosen, **limits)[1]]
+
+    def crossed(attentions: list[str], ffns: list[str]) -> list[str]:
+        return [f"{attention}+{ffn}" for attention in attentions for ffn in ffns]
+
+    # no_op 3 uses, linear and kv1 2 each, of which linear comes first; w256 4 uses, no_op 3, linear 1
+    all_attentions, all_ffns = ["kv2", "kv1", "linear", "no_op"], ["w512", "w256", "linear", "no_op"]
+    assert left() == left(max_attentions=4, max_ffns=9) == crossed(all_attentions, all_ffns)
+    assert left(max_attentions=3) == crossed(["kv2", "linear", "no_op"], all_ffns)
+    assert left(max_attentions=2, max_ffns=3) == crossed(["kv2", "no_op"], ["w512", "w256", "no_op"])
+    assert left(max_attentions=1, max_ffns=1) == ["kv2+w512"]
+    # A block whose own attention is gone already offers as many as the others.
+    pruned = pico_architecture.with_block(1, block(pico_architecture, 1, attention=NO_ATTENTION))
+    at_1, at_2 = crossed_variants(space_variants(pruned, space), chosen, max_attentions=2, max_ffns=2)[1:3]
+    assert [one.name for one in at_1] == ["no_op+w512", "no_op+w256"]
+    assert [one.name for one in at_2] == crossed(["kv2", "no_op"], ["w512", "w256"])
+
+
 def test_pairs_start_from_what_was_trained_apart(
     tmp_path: Path, pico_architecture: Architecture, pico_parent_dir: Path, space: SpaceConfig
 ) -> None:
     variants = space_variants(pico_architecture, space)
     earlier = fill(BlockLibrary.create(tmp_path, pico_architecture, variants, dtype=torch.float32))
     with TensorReader(pico_parent_dir) as reader:
-        init = library_init(earlier, reader)
+        init = LibraryInit(earlier, reader)
         pair = init(Replacement(block=1, attention=KV1, ffn=W256))
         parents_attention = init(Replacement(block=1, attention=KV2, ffn=W256))
         alone = init(Replacement(block=1, ffn=W512, beside="no_op"))
@@ -211,6 +240,58 @@ def test_pairs_start_from_what_was_trained_apart(
     removed = earlier.tensors(1, block(pico_architecture, 1, attention=NO_ATTENTION))
     assert alone.keys() == removed.keys()
     assert torch.equal(alone["mlp.up_proj.weight"], removed["mlp.up_proj.weight"])
+
+
+def test_files_and_tensors_of_a_block_are_read_once_for_all_its_pairs(
+    tmp_path: Path,
+    pico_architecture: Architecture,
+    pico_parent_dir: Path,
+    space: SpaceConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variants = space_variants(pico_architecture, space)
+    earlier = fill(BlockLibrary.create(tmp_path, pico_architecture, variants, dtype=torch.float32))
+    read = Counter[str]()
+
+    def counting_load(library: BlockLibrary, entry: LibraryEntry, plain: Any = BlockLibrary.load) -> Any:
+        read[entry.file] += 1
+        return plain(library, entry)
+
+    def counting_read(reader: TensorReader, name: str, plain: Any = TensorReader.read) -> Any:
+        read[name] += 1
+        return plain(reader, name)
+
+    monkeypatch.setattr(BlockLibrary, "load", counting_load)
+    monkeypatch.setattr(TensorReader, "read", counting_read)
+    with TensorReader(pico_parent_dir) as reader:
+        init = LibraryInit(earlier, reader)
+        for replacement in library_replacements(pico_architecture, variants, "coupled"):
+            init.origin(replacement)
+            init(replacement)
+    assert set(read.values()) == {1}
+    assert {file for file in read if file.endswith(".safetensors")} == {one.file for one in earlier.entries.values()}
+
+
+def test_origin_of_what_starts_from_an_earlier_library_is_the_content_of_its_files(
+    tmp_path: Path, pico_architecture: Architecture, pico_parent_dir: Path, space: SpaceConfig
+) -> None:
+    variants = space_variants(pico_architecture, space)
+    earlier = fill(BlockLibrary.create(tmp_path, pico_architecture, variants, dtype=torch.float32))
+    pair, ffn = Replacement(block=1, attention=KV1, ffn=W256), Replacement(block=1, attention=KV2, ffn=W256)
+    with TensorReader(pico_parent_dir) as reader:
+        init = LibraryInit(earlier, reader)
+        first = init.origin(pair)
+        assert first == LibraryInit(BlockLibrary.open(tmp_path), reader).origin(pair)
+        assert len(first["library"]) == 2
+        assert init.origin(ffn) == {"library": first["library"][1:]}
+        trained = earlier.tensors(1, block(pico_architecture, 1, ffn=W256))
+        trained["mlp.up_proj.weight"] += 1e-3
+        add(earlier, Replacement(block=1, ffn=W256), trained, bld_nmse_init=0.5, bld_nmse=0.25)
+        assert init.origin(pair)["library"][0] == first["library"][0]
+        assert init.origin(pair)["library"][1] != first["library"][1]
+        save_file(trained, earlier.directory / file_of(Replacement(block=1, ffn=W256)))
+        with pytest.raises(ValueError, match=r"1\.ffn\.w256\.safetensors is no file of a library .* build the library"):
+            init.origin(pair)
 
 
 def test_inherited_names(pico_architecture: Architecture) -> None:

@@ -13,9 +13,10 @@ import pytest
 from distill.config import RopeConfig
 from fusion.config import FuseConfig
 from fusion.grouping import fusion_groups
-from puzzle import mip
+from puzzle import integer_program, mip
 from puzzle.config import ConstraintConfig, SearchConfig, WorkloadConfig
-from puzzle.mip import find_solutions, pareto_front, solve
+from puzzle.integer_program import TimeLimitError
+from puzzle.mip import find_solutions, least_cost, pareto_front, solve
 from puzzle.model.architecture import Architecture, BlockConfig
 from puzzle.search_problem import (
     GIB,
@@ -289,9 +290,9 @@ def test_pareto_front():
     fracs = (1.0, 0.02, 0.5, 0.7)
     problem = make_problem(random_scores(rng, 5), cost_table(rng), pareto_latency_fracs=fracs)
     front = pareto_front(problem)
-    assert list(front) == sorted(fracs)
-    assert front[0.02] is None
-    scores = [front[frac].score for frac in (0.5, 0.7, 1.0)]
+    assert (front.out_of_reach, front.out_of_time) == ((0.02,), ())
+    assert list(front.solutions) == [0.5, 0.7, 1.0]
+    scores = [solution.score for solution in front.solutions.values()]
     assert scores == sorted(scores, reverse=True)
     assert scores[-1] == 0
 
@@ -399,7 +400,9 @@ def test_conditional_scores_may_lack_the_parent_but_budgets_are_relative_to_it()
     costs = costs_of(table, scores, own)
     with pytest.raises(ValueError, match="block 1 lacks the parent's own variant"):
         build_problem(scores, costs, own, config)
-    problem = build_problem(scores, costs, own, config, is_conditional=True)
+    with pytest.raises(ValueError, match=r"block 1 lacks the base's variant kv2\+w256"):
+        build_problem(scores, costs, own, config, base=[PARENT, "kv2+w256"])
+    problem = build_problem(scores, costs, own, config, base=[PARENT, "no_op+w512"])
     (budget,) = budgets_of(problem, ConstraintConfig(params_frac=0.99))
     assert budget.limit == pytest.approx(0.99 * table.model(own).params)
     assert solve(problem, [budget]).blocks == (PARENT, "no_op+w512")
@@ -457,7 +460,7 @@ def test_the_variants_that_are_left_out_at_first_change_no_optimum(monkeypatch, 
     budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.5, memory_frac=0.6, params_frac=0.5))
     scores = []
     for num_variants in (0, 1, 3, 10**6):
-        monkeypatch.setattr(mip, "CORE_VARIANTS", num_variants)
+        monkeypatch.setattr(integer_program, "CORE_VARIANTS", num_variants)
         scores.append(solve(problem, budgets).score)
     # The solver's absolute gap is 1e-6 of the typical score.
     assert scores == pytest.approx([scores[-1]] * 4, rel=1e-6)
@@ -467,8 +470,81 @@ def test_too_little_time():
     rng = np.random.default_rng(0)
     problem = make_problem(random_scores(rng, 60), cost_table(rng), time_limit_seconds=1e-6)
     budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.5, memory_frac=0.6, params_frac=0.5))
-    with pytest.raises(ValueError, match=r"time_limit_seconds=1e-06 passed before any choice was found .*; raise it"):
+    with pytest.raises(TimeLimitError, match=r"time_limit_seconds=1e-06 passed before any choice was found .*; raise"):
         solve(problem, budgets)
+
+
+def out_of_time_after(monkeypatch, num_solved):
+    """The solver finds nothing in time from its ``num_solved``-th problem on."""
+    minimise, calls = mip.minimise, itertools.count()
+
+    def limited(*args, **settings):
+        if next(calls) >= num_solved:
+            raise TimeLimitError("too late")
+        return minimise(*args, **settings)
+
+    monkeypatch.setattr(mip, "minimise", limited)
+
+
+def test_what_was_solved_before_the_time_limit_is_kept(monkeypatch):
+    rng = np.random.default_rng(4)
+    config = {"num_solutions": 3, "pareto_latency_fracs": (0.5, 0.7, 0.9)}
+    problem = make_problem(random_scores(rng, 5), cost_table(rng), **config)
+    budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.6))
+    all_solutions, whole = find_solutions(problem, budgets), pareto_front(problem)
+    out_of_time_after(monkeypatch, 2)
+    assert find_solutions(problem, budgets) == all_solutions[:2]
+    monkeypatch.undo()
+    out_of_time_after(monkeypatch, 1)
+    front = pareto_front(problem)
+    assert front.solutions == {0.5: whole.solutions[0.5]}
+    assert (front.out_of_reach, front.out_of_time) == ((), (0.7, 0.9))
+    monkeypatch.undo()
+    out_of_time_after(monkeypatch, 0)
+    with pytest.raises(TimeLimitError):
+        find_solutions(problem, budgets)
+
+
+def test_nobody_explains_what_nobody_reads(monkeypatch):
+    """The least costs of an explanation are searches of their own."""
+    rng = np.random.default_rng(0)
+    problem = make_problem(random_scores(rng, 4), cost_table(rng), pareto_latency_fracs=(0.01, 0.02, 1.0))
+    asked = []
+    monkeypatch.setattr(mip, "least_cost", lambda *args: asked.append(args) or least_cost(*args))
+    assert pareto_front(problem).out_of_reach == (0.01, 0.02)
+    assert asked == []
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, budgets_of(problem, ConstraintConfig(latency_ms=0.1, params=1)))
+    assert asked == []
+    assert str(error.value) == str(error.value)
+    assert [cost for _, cost, _ in asked] == ["decode_ms", "params"]
+
+
+def test_a_least_cost_without_a_proof_is_not_called_the_least(monkeypatch):
+    rng = np.random.default_rng(0)
+    problem = make_problem(random_scores(rng, 4, [v for v in VARIANTS if not v.endswith("no_op")]), cost_table(rng))
+    budgets = budgets_of(problem, ConstraintConfig(latency_frac=0.05, params_frac=0.9))
+    proven = least_cost(problem, "decode_ms", ())
+    assert proven.is_least
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, budgets)
+    minimise = mip.minimise
+
+    def unproven(*args, **settings):
+        found = minimise(*args, **settings)
+        return found and (found[0], -1.0, False)
+
+    monkeypatch.setattr(mip, "minimise", unproven)
+    assert least_cost(problem, "decode_ms", ()) == mip.Reach(value=proven.value, is_least=False)
+    message = str(error.value)
+    assert "is out of reach, the least is" not in message
+    assert "the budgets are out of reach together" in message
+    assert re.search(r"latency_frac=0\.05 \(alone down to latency_frac=[\d.]+ or beyond\)", message)
+    monkeypatch.undo()
+    out_of_time_after(monkeypatch, 0)
+    assert least_cost(problem, "decode_ms", ()) == mip.Reach(value=np.inf, is_least=False)
+    with pytest.raises(InfeasibleError, match="relax several of them"):
+        raise InfeasibleError(lambda: mip._explain(problem, budgets, ()))
 
 
 def test_nothing_of_the_solver_reaches_the_console(capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,8 +44,8 @@ def read(write, scores=SCORES, costs=COSTS, metric="kld"):
     return found, read_costs(write("costs.csv", costs), found)
 
 
-def search(found, costs, constraint):
-    problem = build_problem(found.by_block, costs, found.parent, SearchConfig(constraint=constraint))
+def search(found, costs, constraint, **fields):
+    problem = build_problem(found.by_block, costs, found.parent, SearchConfig(constraint=constraint, **fields))
     return solve(problem, budgets_of(problem, constraint))
 
 
@@ -92,7 +93,7 @@ def test_scores_of_ours(write, tmp_path):
     assert (found.parent, found.is_conditional) == (("kv2+w512",), False)
     ScoreTable(parent={}, num_tokens=8, rows=tuple(rows), base=("no_op+w512",)).write(tmp_path / "conditional.json")
     found = read_scores(tmp_path / "conditional.json", "kld")
-    assert (found.parent, found.is_conditional) == (None, True)
+    assert (found.parent, found.base, found.is_conditional) == (None, ("no_op+w512",), True)
     with pytest.raises(ValueError, match="cannot say which variant is the parent's"):
         read_costs(write("costs.csv", COSTS), found)
 
@@ -120,6 +121,19 @@ def test_fusion_needs_a_merge_row_and_names_that_it_can_read(write):
     solution = search(found, table, ConstraintConfig(latency_ms=12.5))
     assert (solution.blocks.count("no_op+w512"), solution.num_merges) == (3, 1)
     assert solution.predicted_fused_latency_ms == 12.5
+    # What a merge saves of the other latencies is not known.
+    request = "block,variant,decode_ms,request_ms\n*,kv8+w512,4,40\n*,no_op+w512,3,30\nmerge,,0.5,\n"
+    found, (table,) = read(write, scores, request)
+    with pytest.raises(
+        ValueError, match=r"throughput_tokens_per_s is a budget on request_ms, of which the row `merge`"
+    ):
+        search(found, replace(table, generated_tokens=8), ConstraintConfig(throughput_tokens_per_s=1.0))
+    with pytest.raises(
+        ValueError, match=r"latency_ms is a budget on request_ms.* \(only of decode_ms\); add request_ms"
+    ):
+        search(found, table, ConstraintConfig(latency_ms=130), latency="request")
+    unaware = search(found, table, ConstraintConfig(latency_ms=130), latency="request", fusion_aware=False)
+    assert (unaware.blocks.count("no_op+w512"), unaware.predicted_fused_latency_ms) == (3, None)
     found, (table,) = read(write, costs=COSTS + "merge,,0.5,,,\n")
     with pytest.raises(ValueError, match=r"block variant 'full' is not <attention>\+<ffn>"):
         search(found, table, ConstraintConfig())

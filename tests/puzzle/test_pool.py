@@ -16,6 +16,7 @@ from puzzle.pool import Outcome, ReplacementPool
 
 W256 = Replacement(block=1, ffn=FFNConfig(ffn_dim=256))
 OUTCOME = Outcome(bld_nmse_init=0.5, bld_nmse=0.25, trained=True)
+ORIGIN = {"channels": "independent"}
 TENSORS = {"mlp.up_proj.weight": torch.arange(6.0).reshape(2, 3), "mlp.down_proj.weight": torch.ones(3, 2)}
 
 
@@ -25,7 +26,7 @@ def pool(tmp_path: Path) -> ReplacementPool:
 
 
 def put(pool: ReplacementPool, destination: Path, tensors: dict[str, Tensor] = TENSORS) -> str:
-    key = pool.key(W256, TENSORS)
+    key = pool.key(W256, ORIGIN)
     pool.put(key, tensors, OUTCOME, destination, dtype=torch.float32)
     return key
 
@@ -48,7 +49,7 @@ def test_file_is_the_same_bytes_every_time(pool: ReplacementPool, tmp_path: Path
 
 
 def test_what_is_not_there_is_not_taken(pool: ReplacementPool, tmp_path: Path) -> None:
-    assert pool.take(pool.key(W256, TENSORS), tmp_path / "file") is None
+    assert pool.take(pool.key(W256, ORIGIN), tmp_path / "file") is None
     assert not (tmp_path / "file").exists()
 
 
@@ -68,22 +69,22 @@ def test_key_depends_on_everything_that_the_weights_depend_on(pool: ReplacementP
     beside_no_op = Replacement(block=1, ffn=FFNConfig(ffn_dim=256), beside="no_op")
     in_block_2 = Replacement(block=2, ffn=FFNConfig(ffn_dim=256))
     pair = Replacement(block=1, attention=AttentionConfig(num_kv_heads=1), ffn=FFNConfig(ffn_dim=256))
-    inits: list[dict[str, Tensor]] = [
-        TENSORS,
-        {name: tensor + 1e-6 for name, tensor in TENSORS.items()},
-        {name: tensor.bfloat16() for name, tensor in TENSORS.items()},
-        {name: tensor.T.contiguous() for name, tensor in TENSORS.items()},
-        {f"other.{name}": tensor for name, tensor in TENSORS.items()},
+    origins: list[dict[str, object]] = [
+        {},
+        {"channels": "iterative in 8 rounds"},
+        {"channels": "independent", "kv_heads": "select"},
+        {"library": ["independent"]},
     ]
     other_seed = ReplacementPool(directory=pool.directory, facts={"parent": "a", "seed": 1})
     keys = [
-        *(pool.key(item, TENSORS) for item in (W256, beside_no_op, in_block_2, pair)),
-        *(pool.key(W256, init) for init in inits[1:]),
-        other_seed.key(W256, TENSORS),
+        *(pool.key(item, ORIGIN) for item in (W256, beside_no_op, in_block_2, pair)),
+        *(pool.key(W256, origin) for origin in origins),
+        other_seed.key(W256, ORIGIN),
     ]
     assert len(set(keys)) == len(keys)
     same_facts = ReplacementPool(directory=pool.directory, facts={"seed": 0, "parent": "a"})
-    assert same_facts.key(W256, dict(reversed(TENSORS.items()))) == keys[0]
+    assert same_facts.key(W256, ORIGIN) == keys[0]
+    assert pool.key(pair, dict(reversed(origins[2].items()))) == pool.key(pair, origins[2])
 
 
 def flip_a_bit(path: Path) -> None:
@@ -119,7 +120,7 @@ def test_damaged_file_is_never_used(pool: ReplacementPool, tmp_path: Path, damag
 def test_file_under_another_key_is_never_used(pool: ReplacementPool, tmp_path: Path) -> None:
     put(pool, tmp_path / "first")
     (stored,) = pool.directory.iterdir()
-    other = pool.key(Replacement(block=2, ffn=FFNConfig(ffn_dim=256)), TENSORS)
+    other = pool.key(Replacement(block=2, ffn=FFNConfig(ffn_dim=256)), ORIGIN)
     stored.rename(pool.directory / f"{other}.safetensors")
     with pytest.warns(RuntimeWarning, match="belongs to another key"):
         assert pool.take(other, tmp_path / "second") is None

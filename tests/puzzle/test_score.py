@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puzzle import replacement_runs
 from puzzle.config import SpaceConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import build_model, load_model
-from puzzle.model.modeling_decilm import DeciLMForCausalLM
+from puzzle.model.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 from puzzle.model.tensor_layout import block_shapes
 from puzzle.score import Scores, at_depth, score_variants
 from puzzle.score_metrics import CHUNK_VALUES, METRICS, sequence_metrics
@@ -351,6 +352,39 @@ def test_compiled_scores_are_those_of_eager(
     eager = score(lively_parent, pico_architecture, variants, replaced, sequences).table.rows
     compiled = score(lively_parent, pico_architecture, variants, replaced, sequences, compile=True).table.rows
     assert_same(eager, compiled, rel=1e-4, abs=1e-5)  # fused fp32, rounded in other places
+
+
+@pytest.mark.parametrize("batch_size", [4, 13])
+def test_no_shape_of_a_block_is_left_uncompiled(
+    lively_parent: DeciLMForCausalLM,
+    pico_architecture: Architecture,
+    variants: list[tuple[BlockConfig, ...]],
+    replaced: Replaced,
+    sequences: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+) -> None:
+    """Blocks of four shapes in batches of several sizes, before and after a removal. torch.compile would go on without
+    compiling at the first one beyond its limit; here that is an error. Graphs run as they are: no code is generated."""
+
+    def compile_as_it_is(block: DeciLMDecoderLayer, **options: Any) -> None:
+        nn.Module.compile(block, backend="eager", **options)
+
+    def eager_metrics(*arguments: Any, compile: bool) -> dict[str, Tensor]:
+        return sequence_metrics(*arguments)
+
+    monkeypatch.setattr(DeciLMDecoderLayer, "compile", compile_as_it_is)
+    monkeypatch.setattr(replacement_runs, "sequence_metrics", eager_metrics)
+    names = ("kv2+w512", "kv1+w256", "linear+linear", "kv2+linear")
+    base = tuple(
+        next(one for one in at_block if one.name == name) for at_block, name in zip(variants, names, strict=True)
+    )
+    options = {"base": base, "batch_size": batch_size, "iterative_removals": 2}
+    eager = score(lively_parent, pico_architecture, variants, replaced, sequences, **options).table.rows
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1, fail_on_recompile_limit_hit=True):
+        compiled = score(lively_parent, pico_architecture, variants, replaced, sequences, compile=True, **options)
+    assert_same(eager, compiled.table.rows, rel=1e-5, abs=1e-6)  # the same kernels
 
 
 @pytest.mark.gpu

@@ -66,6 +66,13 @@ def test_ultras_grid_gives_the_widths_of_its_fused_ffns() -> None:
     assert 14 * by_frac[40] == 301_056
 
 
+def test_widths_are_those_of_the_fraction_as_written() -> None:
+    """In floats 0.55 x 25600 and 0.07 x 25600 are a little more than the 14080 and 1792 channels that they are."""
+    parent = llama(num_blocks=2, hidden_dim=5120, num_heads=40, ffn_dim=25_600)
+    space = SpaceConfig(ffn_fracs=(0.55, 0.5501, 0.07))
+    assert widths(parent, space) == [25_600, 14_080, 14_336, 1792]
+
+
 def test_attention_only_and_ffn_only_touch_one_subblock() -> None:
     attention, ffn = shipped("attention_only"), shipped("ffn_only")
     assert {block.ffn for block in block_variants(LLAMA_70B, 3, attention)} == {LLAMA_70B.blocks[3].ffn}

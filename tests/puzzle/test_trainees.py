@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill.config import OptimConfig
 from distill.losses import normalized_mse
 from puzzle.blockwise import build_block
-from puzzle.child_init import checkpoint_init
+from puzzle.child_init import CheckpointInit
 from puzzle.config import SpaceConfig
 from puzzle.importance import Rankings
 from puzzle.library import Mode, Replacement, inherited_names, library_replacements
@@ -44,10 +44,10 @@ def make_trainees(
     """All replacements of blocks 1 and 2, untrained; narrower FFNs keep the first channels."""
     architecture = read_architecture(parent_dir)
     variants = [block_variants(architecture, index, space) for index in range(4)]
-    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={})
+    rankings = Rankings(channels=dict.fromkeys(range(4), torch.arange(512)), kv_heads={}, criterion="independent")
     replacements = library_replacements(architecture, variants, mode)
     with TensorReader(parent_dir) as reader:
-        init = checkpoint_init(reader, architecture, rankings, "mean_pool")
+        init = CheckpointInit(reader, architecture, rankings, "mean_pool")
         inits = {item: init(item) for item in replacements if item.block in (1, 2)}
     parent = ParentSlice.whole(load_model(parent_dir, device=device, dtype=dtype).requires_grad_(False))
     power = output_power(parent, sequences, batch_size=6)

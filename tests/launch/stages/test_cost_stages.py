@@ -74,6 +74,7 @@ def test_both_sources_at_every_batch_size(measure):
         ("analytic", 4),
     ]
     assert {table.hardware for table in file.tables} == {result.metrics["hardware"]["name"]}
+    assert {table.all_reduce for table in file.tables} == {None}
     with (directory / "comparison.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     # kv2, w512 and w256, and what is outside of the blocks, in two phases at two batch sizes.
@@ -115,8 +116,10 @@ def test_costs_of_one_of_two_ranks(measure, pico_architecture):
 
 def test_the_all_reduce_of_measured_ranks_may_be_modelled(measure):
     costs = replace(BOTH, sources=("measured",), hardware=replace(DEVICE, all_reduce_s=1.0))
-    file, _, _ = measure(costs, replace(WORKLOAD, tensor_parallel=2))
+    file, result, _ = measure(costs, replace(WORKLOAD, tensor_parallel=2))
     table = file.tables[0]
+    assert table.all_reduce == result.metrics["all_reduce"] == "modelled"
+    assert "2 tensor-parallel ranks, all-reduce modelled)" in result.headline
     # A second for each all-reduce, far above all that is measured here, and its noise.
     assert all(0.5e3 < row.decode_ms < 1.5e3 for row in table.subblocks if row.variant != "no_op")
     assert 0.5e3 < table.ffn_merge_saving.decode_ms < 1.5e3
@@ -160,6 +163,7 @@ def test_two_processes_measure_their_all_reduces_together(tmp_path, pico_parent_
         ("analytic", 1),
         ("analytic", 2),
     ]
+    assert [table.all_reduce for table in tables] == ["measured", "measured", "modelled", "modelled"]
     # A clamped time would be 0: what stands there is then the all-reduce alone.
     assert all(row.decode_ms > 0 for table in tables for row in table.subblocks if row.variant != "no_op")
 

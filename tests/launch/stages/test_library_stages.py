@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distill.config import EngineConfig, OptimConfig, TrainConfig
 from distill.data.tokenizer import tokenizer_sha256
@@ -16,9 +20,11 @@ from launch.registry import AssembleStage, BuildLibraryStage, PruneAttentionStag
 from launch.stage import StageContext, StageResult
 from launch.stages import assemble, build_library, prune_attention
 from puzzle.config import AssembleConfig, LibraryConfig, PruneAttentionConfig, SpaceConfig
+from puzzle.importance import Rankings
 from puzzle.library import BlockLibrary
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.tables import ScoreTable
+from puzzle.trainees import Trainees
 
 SPACE = SpaceConfig(kv_heads=(1,), ffn_fracs=(0.5,))
 ENGINE = EngineConfig(device="cpu")
@@ -66,9 +72,10 @@ def build(
     data: SimpleNamespace,
     settings: LibraryConfig = LIBRARY,
     space: SpaceConfig = SPACE,
+    engine: EngineConfig = ENGINE,
     **further_inputs: SimpleNamespace,
 ) -> StageResult:
-    config = BuildLibraryStage(space=space, library=settings, engine=ENGINE, seed=0)
+    config = BuildLibraryStage(space=space, library=settings, engine=engine, seed=0)
     return build_library.run(config, {"parent": parent, "data": data, **further_inputs}, context(out))
 
 
@@ -128,6 +135,8 @@ def test_library_that_the_pool_has_consumes_no_tokens(
     for name in names(tmp_path / "first"):
         file = f"replacements/{name}.safetensors"
         assert (tmp_path / "wider" / file).samefile(tmp_path / "first" / file)
+    looked_at_more_often = replace(LIBRARY, bld=replace(BLD, eval_every_tokens=48))
+    assert build(tmp_path / "curve", parent, data, looked_at_more_often).tokens == 0
     other_settings = [
         replace(LIBRARY, nmse="token"),
         replace(LIBRARY, optim=OptimConfig(lr=2e-3)),
@@ -138,6 +147,58 @@ def test_library_that_the_pool_has_consumes_no_tokens(
         assert build(tmp_path / f"other_{number}", parent, data, library).tokens > 0
     other_data = artifact(data.path, "d" * 64)
     assert build(tmp_path / "other_data", parent, other_data).tokens == 192
+
+
+def test_killed_library_goes_on_in_other_micro_batches_and_with_another_rounding(
+    tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that sums in another order ranks two channels the other way round; what was begun goes on all the same,
+    and no finished replacement is learnt again."""
+    settings = replace(LIBRARY, kv_init="select", bld=replace(BLD, resume_every_tokens=96))
+    build(tmp_path / "whole", parent, data, settings)
+    steps, step = list[int](), Trainees.step
+
+    def dying_step(trainees: Trainees, *args: Any, **options: Any) -> Any:
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(options["micro_batch"])
+        return step(trainees, *args, **options)
+
+    def elsewhere(*_: object, **__: object) -> Rankings:
+        """What a second measurement would find."""
+        reverse = torch.arange(512).flip(0)
+        return Rankings(
+            channels=dict.fromkeys(range(4), reverse),
+            kv_heads=dict.fromkeys(range(4), torch.tensor([1, 0])),
+            criterion="independent",
+        )
+
+    one_place = tmp_path / "one_place"
+    one_place.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainees, "step", dying_step)
+        with pytest.raises(KeyboardInterrupt):
+            build(one_place / "library", parent, data, settings)
+    shutil.rmtree(one_place / "library")
+    steps.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainees, "step", dying_step)
+        patched.setattr(build_library, "measure_rankings", elsewhere)
+        engine = replace(ENGINE, micro_batch_tokens=SEQ_LEN)
+        build(one_place / "library", parent, data, settings, engine=engine)
+    assert steps == [1, 1]  # from the resume point at step 2 of 4, one sequence at a time
+    for name in names(tmp_path / "whole"):
+        one, other = (
+            load_file(directory / f"replacements/{name}.safetensors")
+            for directory in (tmp_path / "whole", one_place / "library")
+        )
+        for key, tensor in one.items():
+            # Gradients of a batch in two sums instead of one, fp32; other channels would differ by the weights, 0.1.
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-5)
+    with monkeypatch.context() as patched:
+        patched.setattr(build_library, "measure_rankings", elsewhere)
+        shutil.rmtree(one_place / "library_resume")
+        assert build(one_place / "again", parent, data, settings).tokens == 0
 
 
 def test_library_without_training(tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace) -> None:
@@ -174,6 +235,11 @@ def test_decoupled_then_coupled_over_what_a_search_has_chosen(
             for name in ("block.kv2+w256", "ffn.w256.beside_no_op", "ffn.w512.beside_no_op")
         ),
     ]
+    again = build(tmp_path / "again", parent, data, coupled, wide, **further)
+    assert again.tokens == 0
+    fewer = replace(coupled, max_attentions=1, max_ffns=2)
+    assert build(tmp_path / "fewer", parent, data, fewer, wide, **further).metrics["num_block_variants"] == 4 * 2
+    assert names(tmp_path / "fewer") == [f"{index}.block.kv2+w256" for index in range(4)]
     # the coupled training begins where the decoupled one ended
     decoupled, further_on = (
         {item.name: entry for item, entry in BlockLibrary.open(tmp_path / mode).entries.items()}
@@ -205,6 +271,18 @@ def test_further_inputs_that_do_not_fit_are_refused(
     config = replace(LIBRARY, mode="coupled")
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "library", parent, data, config, library=library, solution=artifact(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["max_attentions", "max_ffns"])
+def test_most_used_subblocks_without_a_solution_are_refused(
+    tmp_path: Path, parent: SimpleNamespace, data: SimpleNamespace, name: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"library\.{name}=2 keeps .* give the input `solution`, or set library\.{name}"
+    ):
+        build(tmp_path / "library", parent, data, replace(LIBRARY, **{name: 2}))
+    with pytest.raises(ValueError, match=rf"library\.{name} must be >= 1 .* got 0"):
+        replace(LIBRARY, **{name: 0})
 
 
 def test_sequences_beyond_the_parents_positions_are_refused(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from distill.config import EngineConfig
 from distill.data.tokenizer import tokenizer_sha256
+from launch.artifact import fingerprinted_config
 from launch.registry import CheckAdditivityStage, PruneAttentionStage, ScoreLibraryStage
 from launch.stage import StageContext, StageResult
 from launch.stages import check_additivity, prune_attention, score_library
@@ -24,6 +25,7 @@ from puzzle.model.architecture import Architecture
 from puzzle.score_metrics import METRICS
 from puzzle.space import block_variants
 from puzzle.tables import ScoreTable
+from tests.puzzle.libraries import add
 
 OWN, BARE = "kv2+w512", "no_op+w512"
 SPACE = SpaceConfig(kv_heads=(1,), ffn_fracs=(0.5,), ffn_no_op=True)
@@ -64,7 +66,7 @@ def inputs(tmp_path: Path, pico_parent_dir: Path, pico_architecture: Architectur
             name: 0.3 * torch.randn(shape, generator=generator)
             for name, shape in item.shapes(pico_architecture).items()
         }
-        library.add(item, tensors, bld_nmse_init=1.0, bld_nmse=1.0)
+        add(library, item, tensors, bld_nmse_init=1.0, bld_nmse=1.0)
     library.write_index()
     return {
         "parent": artifact(pico_parent_dir),
@@ -184,9 +186,11 @@ def scored(tmp_path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs of check_additivity."""
     score(tmp_path / "scores", inputs)
     made_from = {"parent": "a" * 64, "library": "b" * 64, "data": "d" * 64}
+    scores = artifact(tmp_path / "scores", **made_from)
+    scores.manifest.config = fingerprinted_config(ScoreLibraryStage(scores=SCORES, engine=ENGINE))
     return {
         **inputs,
-        "scores": artifact(tmp_path / "scores", **made_from),
+        "scores": scores,
         "solution": solution(tmp_path / "solution", [OWN, BARE, OWN, OWN], [OWN, "kv1+no_op", OWN, "no_op+w256"]),
     }
 
@@ -217,9 +221,34 @@ def test_additivity_of_solutions_and_random_children(tmp_path: Path, scored: dic
     )
 
 
-def test_additivity_on_other_tokens_is_refused(tmp_path: Path, scored: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is 120 tokens, the scores were measured on 96"):
-        check(tmp_path / "report", scored, replace(SCORES, num_sequences=5))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_sequences": 5}, r"scores\.num_sequences=5 is another sample .* measured with scores\.num_sequences=4;"),
+        # As many tokens, and as long sequences, are not the same text.
+        ({"num_sequences": 8, "seq_len": 12}, r"with scores\.num_sequences=4, scores\.seq_len=24; give the values of"),
+        ({"skip_sequences": 4}, r"scores\.skip_sequences=4 is another sample .* with scores\.skip_sequences=0; give"),
+    ],
+)
+def test_additivity_on_other_tokens_is_refused(
+    tmp_path: Path, scored: dict[str, Any], changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path / "report", scored, replace(SCORES, **changes))
+
+
+def test_additivity_on_the_sample_that_was_scored(
+    tmp_path: Path, inputs: dict[str, Any], scored: dict[str, Any]
+) -> None:
+    """Another batch size is no other sample."""
+    sample = replace(SCORES, skip_sequences=4)
+    score(tmp_path / "further_scores", inputs, sample)
+    scored["scores"].path = tmp_path / "further_scores"
+    scored["scores"].manifest.config = fingerprinted_config(ScoreLibraryStage(scores=sample, engine=ENGINE))
+    check(tmp_path / "report", scored, replace(sample, batch_size=3))
+    found = json.loads((tmp_path / "report" / "additivity.json").read_text())
+    single = found["rows"][0]
+    assert single["realised_kld"] == pytest.approx(single["sum_of_scores"], abs=1e-6)
 
 
 def test_additivity_needs_the_artifacts_that_belong_together(tmp_path: Path, scored: dict[str, Any]) -> None:

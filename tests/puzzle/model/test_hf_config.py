@@ -96,6 +96,30 @@ def test_fused_block_keeps_the_parents_it_stands_for(heterogeneous_architecture:
     assert architecture_from_config(config) == architecture
 
 
+def test_what_was_removed_is_told_apart_from_what_was_fused(heterogeneous_architecture: Architecture) -> None:
+    fused = BlockConfig(
+        attention=NO_ATTENTION,
+        ffn=FFNConfig(ffn_dim=1024),
+        parent_block_indices=(1, 2, 3),
+        dropped_parent_indices=(2,),
+    )
+    heir = replace(fused, dropped_parent_indices=(2, 3))
+    architecture = heterogeneous_architecture.with_blocks((heterogeneous_architecture.blocks[0], fused, heir))
+    config = through_json(hf_config(architecture, "float32"))
+    assert config["dropped_parent_indices"] == [[], [2], [2, 3]]
+    assert architecture_from_config(config) == architecture
+    assert [block.member_indices for block in architecture.blocks] == [(0,), (1, 3), (1,)]
+    assert [block.is_fused for block in architecture.blocks] == [False, True, False]
+    assert "dropped_parent_indices" not in hf_config(heterogeneous_architecture, "float32")
+
+
+def test_a_block_with_attention_is_never_fused(heterogeneous_architecture: Architecture) -> None:
+    first = heterogeneous_architecture.blocks[0]
+    assert not first.attention.is_no_op
+    assert not replace(first, parent_block_indices=(0, 1)).is_fused
+    assert not BlockConfig(attention=NO_ATTENTION, ffn=NO_FFN, parent_block_indices=(0, 1)).is_fused
+
+
 def test_keys_are_exactly_those_of_the_format(heterogeneous_architecture: Architecture) -> None:
     config = hf_config(heterogeneous_architecture, "bfloat16")
     assert config.keys() == FORMAT_KEYS
@@ -197,6 +221,8 @@ def test_reads_third_party_configuration() -> None:
         (("rope_scaling", "rope_type"), "longrope", "rope_type='longrope' is not supported"),
         (("rope_scaling", "beta_fast"), 16, "beta_fast"),
         (("parent_block_indices",), [[0]], "1 parent_block_indices differ from 3 block_configs"),
+        (("dropped_parent_indices",), [[], []], "2 dropped_parent_indices differ from 3 block_configs"),
+        (("dropped_parent_indices",), [[], [2], []], r"\[2\] are not among parent_block_indices=\[1\]"),
     ],
 )
 def test_what_the_model_has_not_is_an_error_of_one_line(path: tuple[Any, ...], value: Any, message: str) -> None:
