@@ -10,7 +10,7 @@ from itertools import chain
 from fusion.group_table import GroupTable
 from fusion.grouping import Group, format_groups, fusion_groups
 from launch.config import StepConfig, compose_stage
-from launch.registry import FuseStage
+from launch.stage_configs import FuseStage
 from puzzle.model.architecture import Architecture
 
 PAPER_STEPS = ("step_1", "step_2", "step_3", "step_4")

@@ -19,7 +19,7 @@ import numpy as np
 
 from distill.config import RopeConfig
 from launch.config import compose_stage
-from launch.registry import MeasureCostsStage
+from launch.stage_configs import MeasureCostsStage
 from puzzle.analytic import analytic_table
 from puzzle.config import ConstraintConfig, SearchConfig
 from puzzle.mip import solve

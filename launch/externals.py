@@ -26,7 +26,7 @@ from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
 
 if TYPE_CHECKING:
-    from launch.registry import (
+    from launch.stage_configs import (
         BenchmarkStage,
         ImportParentStage,
         MeasureCostsStage,

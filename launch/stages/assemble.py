@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from distill.config import require
 from launch.artifact import require_made_from
-from launch.registry import AssembleStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import AssembleStage
 from puzzle.assemble import assemble
 from puzzle.library import BlockLibrary
 from puzzle.model.checkpoint import read_architecture

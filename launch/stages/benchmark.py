@@ -13,8 +13,8 @@ from distill.config import require
 from distill.engine.base import resolve_device
 from launch.externals import hardware
 from launch.quantities import num_bytes, serving
-from launch.registry import BenchmarkStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import BenchmarkStage
 from puzzle.config import WorkloadConfig
 from puzzle.latency import (
     cpu_threads,

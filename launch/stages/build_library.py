@@ -16,9 +16,9 @@ from distill.data.dataset import Batches, TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.tracking import Tracker
 from launch.artifact import fingerprinted_config, require_made_from
-from launch.registry import BuildLibraryStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import BuildLibraryStage
 from puzzle.bld import distill_library
 from puzzle.child_init import CheckpointInit, Init, LibraryInit
 from puzzle.config import LibraryConfig

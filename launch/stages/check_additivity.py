@@ -11,9 +11,9 @@ from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from launch.artifact import Artifact, require_made_from
-from launch.registry import CheckAdditivityStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import CheckAdditivityStage
 from launch.stages.score_library import calibration_sequences
 from puzzle.additivity import (
     Child,

@@ -19,8 +19,8 @@ from distill.tracking import Tracker
 from distill.trainer import TrainResult, train
 from launch.artifact import Artifact
 from launch.recovery import TRAINING_STAGES
-from launch.registry import DistillStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import DistillStage
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture, save_model
 

@@ -19,8 +19,8 @@ from fusion.group_distillation import GroupOutcome, distill_groups, learning_blo
 from fusion.grouping import Group, format_groups, fused_architecture, fusion_groups, validate_groups
 from launch.artifact import require_made_from
 from launch.fusion_inputs import FUSION_NAME, measured
-from launch.registry import DistillGroupsStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import DistillGroupsStage
 from launch.store import json_metrics
 from puzzle.group_training import BldSettings
 from puzzle.model.architecture import Architecture, require_sequential

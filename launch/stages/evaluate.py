@@ -13,8 +13,8 @@ from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.evaluate import evaluate_model
 from distill.retrieval import LENGTH_COLUMNS, NUM_CANDIDATES, make_probe
-from launch.registry import EvaluateStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import EvaluateStage
 from puzzle.model.checkpoint import load_model, read_architecture
 
 CHUNK_TOKENS = 1024

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.config import require
-from launch.registry import ExportStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ExportStage
 from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer, read_architecture
 from puzzle.model.compatibility import TargetReport, compatibility

@@ -18,8 +18,8 @@ from distill.evaluate import evaluate_model
 from distill.objective import Objective
 from distill.tracking import Tracker
 from distill.trainer import TrainResult, train
-from launch.registry import ExtendContextStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ExtendContextStage
 from launch.stages.distill import online_teacher, paired_blocks, recovery_headline, stored_dtype, uptraining_tokens
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model

@@ -24,8 +24,8 @@ from fusion.grouping import (
 )
 from fusion.verify import GroupErrors, verify_fusion
 from launch.fusion_inputs import FUSION_NAME, Measured, measured
-from launch.registry import FuseStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import FuseStage
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, copy_tokenizer, has_tokenizer, read_architecture
 from puzzle.model.tensor_layout import EMBEDDING

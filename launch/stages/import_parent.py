@@ -8,8 +8,8 @@ import torch
 
 from distill.config import require
 from launch.externals import hub_snapshot, local_model
-from launch.registry import ImportParentStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ImportParentStage
 from puzzle.config import ModelConfig
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture

@@ -10,8 +10,8 @@ from distill import distributed
 from distill.engine.base import resolve_device
 from launch.externals import hardware
 from launch.quantities import num_bytes, serving
-from launch.registry import MeasureCostsStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import MeasureCostsStage
 from puzzle.analytic import AllReduce, Reduction, analytic_table, modelled_all_reduce
 from puzzle.calibrate import calibrate, calibrate_all_reduce, can_measure_all_reduce, measured_all_reduce_ms
 from puzzle.comparison import ComparedCost, compare, median_error, write_csv

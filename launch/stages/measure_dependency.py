@@ -14,8 +14,8 @@ from fusion.dependency import Dependency, measure_dependency
 from fusion.grouping import largest_dependency
 from launch.canvas import stand_alone
 from launch.figures import dependency_matrix, direction_change
-from launch.registry import MeasureDependencyStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import MeasureDependencyStage
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import read_architecture
 from puzzle.slices import load_slice

@@ -10,8 +10,8 @@ from distill.config import require
 from fusion.block_parallel import Window, choose_windows, parallel_architecture, parallelize_checkpoint
 from fusion.dependency import JSON_NAME as DEPENDENCY_NAME
 from launch.artifact import require_made_from
-from launch.registry import ParallelizeBlocksStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ParallelizeBlocksStage
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import copy_tokenizer, has_tokenizer, read_architecture
 

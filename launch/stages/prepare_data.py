@@ -5,8 +5,8 @@ from __future__ import annotations
 from distill.data.packing import pack, training_texts
 from distill.data.tokenizer import train_tokenizer
 from launch.quantities import scaled
-from launch.registry import PrepareDataStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import PrepareDataStage
 from puzzle.model.checkpoint import copy_tokenizer
 
 

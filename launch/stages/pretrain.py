@@ -13,8 +13,8 @@ from distill.evaluate import evaluate_model
 from distill.objective import Objective
 from distill.tracking import Tracker
 from distill.trainer import train
-from launch.registry import PretrainStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import PretrainStage
 from puzzle.config import PretrainConfig
 from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, dense_blocks
 from puzzle.model.checkpoint import build_model, save_model

@@ -6,8 +6,8 @@ from distill.config import require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
-from launch.registry import PruneAttentionStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import PruneAttentionStage
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.prune_attention import (
     removable_attentions,

@@ -18,8 +18,8 @@ from fusion.group_table import JSON_NAME, FFNLatency, GroupScore, GroupTable
 from fusion.grouping import Group
 from launch.externals import hardware
 from launch.quantities import serving
-from launch.registry import ScoreGroupsStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ScoreGroupsStage
 from puzzle.latency import cpu_threads, require_positions
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model, read_architecture

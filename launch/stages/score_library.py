@@ -17,9 +17,9 @@ from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import load_tokenizer, require_same_tokenizer
 from distill.distributed import is_main
 from launch.artifact import Artifact, require_made_from
-from launch.registry import ScoreLibraryStage
 from launch.solution import read_solution
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import ScoreLibraryStage
 from puzzle.assemble import child_architecture
 from puzzle.config import ScoreConfig
 from puzzle.library import BlockLibrary

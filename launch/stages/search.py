@@ -11,8 +11,8 @@ from typing import Any
 from distill.config import require
 from launch import result_table
 from launch.modelled_fusion import require_modelled
-from launch.registry import SearchStage
 from launch.stage import Inputs, StageContext, StageResult
+from launch.stage_configs import SearchStage
 from puzzle.baselines import METHODS, find, merit
 from puzzle.config import SearchConfig
 from puzzle.integer_program import TimeLimitError

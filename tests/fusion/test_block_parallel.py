@@ -18,7 +18,8 @@ from distill.config import EngineConfig, EvaluateConfig, ObjectiveConfig, OptimC
 from distill.data.tokenizer import tokenizer_sha256
 from fusion.block_parallel import choose_windows, parallel_architecture
 from fusion.config import DependencyConfig, FuseConfig, ParallelizeConfig
-from launch.registry import (
+from launch.stage import StageContext
+from launch.stage_configs import (
     BenchmarkStage,
     DistillStage,
     EvaluateStage,
@@ -28,7 +29,6 @@ from launch.registry import (
     MeasureDependencyStage,
     ParallelizeBlocksStage,
 )
-from launch.stage import StageContext
 from launch.stages import (
     benchmark,
     distill,

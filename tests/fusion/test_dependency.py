@@ -18,8 +18,8 @@ from distill.config import EngineConfig
 from distill.data.tokenizer import tokenizer_sha256
 from fusion.config import DependencyConfig
 from fusion.dependency import DependencySums, measure_dependency
-from launch.registry import MeasureDependencyStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import MeasureDependencyStage
 from launch.stages import measure_dependency as measure_dependency_stage
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, BlockConfig
 from puzzle.model.checkpoint import build_model, copy_tokenizer, load_model, read_architecture

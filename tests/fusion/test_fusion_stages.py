@@ -15,8 +15,8 @@ from distill.config import EngineConfig
 from distill.data.tokenizer import tokenizer_sha256
 from fusion.config import DependencyConfig, FuseConfig, GroupScoreConfig
 from fusion.group_table import FFNLatency, GroupScore, GroupTable, RemovalScore
-from launch.registry import FuseStage, MeasureDependencyStage, ScoreGroupsStage
 from launch.stage import StageContext
+from launch.stage_configs import FuseStage, MeasureDependencyStage, ScoreGroupsStage
 from launch.stages import fuse, measure_dependency, score_groups
 from puzzle.config import WorkloadConfig
 from puzzle.model.checkpoint import copy_tokenizer, load_model, read_architecture

@@ -26,8 +26,8 @@ from fusion.config import FuseConfig, GroupDistillationConfig, Norm
 from fusion.fuse import fuse_checkpoint
 from fusion.group_distillation import GroupOutcome, distill_groups, learning_blocks, plan_parts
 from fusion.group_trainees import GroupTrainees
-from launch.registry import DistillGroupsStage, FuseStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import DistillGroupsStage, FuseStage
 from launch.stages import distill_groups as stage
 from launch.stages import fuse
 from puzzle.group_training import BldSettings

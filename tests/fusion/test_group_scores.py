@@ -21,8 +21,8 @@ from fusion.fuse import fuse_checkpoint
 from fusion.group_scores import score_groups, scored_groups
 from fusion.group_table import GroupTable
 from launch.config import compose_stage
-from launch.registry import MeasureCostsStage, ScoreGroupsStage
 from launch.stage import StageContext
+from launch.stage_configs import MeasureCostsStage, ScoreGroupsStage
 from launch.stages import score_groups as stage
 from puzzle import score_metrics
 from puzzle.config import HardwareConfig, WorkloadConfig

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from distill.config import EngineConfig
-from launch.registry import BenchmarkStage, MeasureCostsStage
 from launch.stage import StageContext
+from launch.stage_configs import BenchmarkStage, MeasureCostsStage
 from launch.stages import benchmark, measure_costs
 from puzzle.config import BenchmarkConfig, CostConfig, SpaceConfig, WorkloadConfig
 from puzzle.model import stats

@@ -16,8 +16,8 @@ from launch.config import (
     step_overrides,
     sweep_points,
 )
-from launch.registry import (
-    STAGES,
+from launch.registry import STAGES
+from launch.stage_configs import (
     BuildLibraryStage,
     DistillStage,
     EvaluateStage,

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from distill.config import DataConfig, EngineConfig, SourceConfig
 from fusion.config import FuseConfig
 from launch import externals
-from launch.registry import (
-    STAGES,
+from launch.registry import STAGES
+from launch.stage_configs import (
     BenchmarkStage,
     ImportParentStage,
     MeasureCostsStage,

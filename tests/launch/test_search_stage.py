@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from fusion.config import FuseConfig
-from launch.registry import SearchStage
 from launch.stage import StageContext
+from launch.stage_configs import SearchStage
 from launch.stages import search
 from puzzle import mip
 from puzzle.config import ConstraintConfig, SearchConfig, SpaceConfig, WorkloadConfig

@@ -31,8 +31,8 @@ from distill.config import (
 from distill.data.dataset import Batches
 from distill.data.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
 from launch.artifact import Artifact, Manifest, Recipe, commit
-from launch.registry import DistillStage, ExtendContextStage, PretrainStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import DistillStage, ExtendContextStage, PretrainStage
 from launch.stages import distill, extend_context, pretrain
 from puzzle.config import PretrainConfig
 from puzzle.model.architecture import NO_ATTENTION, Architecture

@@ -6,7 +6,7 @@ import pytest
 
 from distill.config import RopeConfig
 from launch.config import compose_stage
-from launch.registry import MeasureCostsStage
+from launch.stage_configs import MeasureCostsStage
 from puzzle.config import SpaceConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, dense_blocks
 from puzzle.space import attention_variants, block_indices, block_variants, ffn_variants

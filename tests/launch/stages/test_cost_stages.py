@@ -15,8 +15,8 @@ from torch import distributed, multiprocessing
 from distill import distributed as processes
 from distill.config import EngineConfig
 from launch.config import CONF, compose_stage
-from launch.registry import BenchmarkStage, MeasureCostsStage
 from launch.stage import StageContext
+from launch.stage_configs import BenchmarkStage, MeasureCostsStage
 from launch.stages import benchmark, measure_costs
 from puzzle import calibrate
 from puzzle.config import BenchmarkConfig, CostConfig, HardwareConfig, SpaceConfig, WorkloadConfig

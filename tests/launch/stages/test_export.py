@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.registry import ExportStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import ExportStage
 from launch.stages import export
 from puzzle.config import ExportConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig

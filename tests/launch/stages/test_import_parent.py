@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.registry import ImportParentStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import ImportParentStage
 from launch.stages import import_parent
 from puzzle.config import ModelConfig
 from puzzle.model.checkpoint import TensorReader, has_tokenizer, read_architecture

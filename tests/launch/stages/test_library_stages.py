@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from distill.config import EngineConfig, OptimConfig, TrainConfig
 from distill.data.tokenizer import tokenizer_sha256
-from launch.registry import AssembleStage, BuildLibraryStage, PruneAttentionStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import AssembleStage, BuildLibraryStage, PruneAttentionStage
 from launch.stages import assemble, build_library, prune_attention
 from puzzle.config import AssembleConfig, LibraryConfig, PruneAttentionConfig, SpaceConfig
 from puzzle.importance import Rankings

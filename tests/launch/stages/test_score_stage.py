@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from distill.config import EngineConfig
 from distill.data.tokenizer import tokenizer_sha256
 from launch.artifact import fingerprinted_config
-from launch.registry import CheckAdditivityStage, PruneAttentionStage, ScoreLibraryStage
 from launch.stage import StageContext, StageResult
+from launch.stage_configs import CheckAdditivityStage, PruneAttentionStage, ScoreLibraryStage
 from launch.stages import check_additivity, prune_attention, score_library
 from puzzle.config import AdditivityConfig, PruneAttentionConfig, ScoreConfig, SpaceConfig
 from puzzle.library import BlockLibrary, library_replacements

@@ -1,0 +1,292 @@
+"""The configuration of every stage: the nodes of the configuration tree that it reads. Torch-free.
+
+Those nodes (``conf/config.yaml``) make up a part of the fingerprint of the stage's artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from distill.config import (
+    DataConfig,
+    EngineConfig,
+    EvaluateConfig,
+    ExtendContextConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+    require,
+)
+from fusion.config import (
+    DependencyConfig,
+    FuseConfig,
+    GroupDistillationConfig,
+    GroupScoreConfig,
+    ParallelizeConfig,
+)
+from puzzle.config import (
+    AdditivityConfig,
+    AssembleConfig,
+    BenchmarkConfig,
+    CostConfig,
+    ExportConfig,
+    LibraryConfig,
+    ModelConfig,
+    PretrainConfig,
+    PruneAttentionConfig,
+    ScoreConfig,
+    SearchConfig,
+    SpaceConfig,
+    WorkloadConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportParentStage:
+    """Configuration of stage import_parent."""
+
+    model: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareDataStage:
+    """Configuration of stage prepare_data."""
+
+    data: DataConfig
+    seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            self.data.tokenizer != "parent" or "parent" in names,
+            "data.tokenizer=parent needs the input `parent`; name one, or set data.tokenizer=train",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainStage:
+    """Configuration of stage pretrain."""
+
+    pretrain: PretrainConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLibraryStage:
+    """Configuration of stage build_library."""
+
+    space: SpaceConfig
+    library: LibraryConfig
+    engine: EngineConfig
+    seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where an input is given that the configuration has no use for."""
+        require(
+            "library" not in names or self.library.mode == "coupled",
+            "library.mode=decoupled starts from the parent's weights and has no use for the input `library`; leave it "
+            "out, or set library.mode=coupled",
+        )
+        for name in ("max_attentions", "max_ffns"):
+            require(
+                getattr(self.library, name) is None or "solution" in names,
+                f"library.{name} keeps what the solutions of a search use most; give the input `solution`, or set "
+                f"library.{name}=null",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreLibraryStage:
+    """Configuration of stage score_library."""
+
+    scores: ScoreConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckAdditivityStage:
+    """Configuration of stage check_additivity."""
+
+    additivity: AdditivityConfig
+    scores: ScoreConfig
+    """Its tokens and batch size."""
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureCostsStage:
+    """Configuration of stage measure_costs."""
+
+    space: SpaceConfig
+    workload: WorkloadConfig
+    costs: CostConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStage:
+    """Configuration of stage search."""
+
+    search: SearchConfig
+    fuse: FuseConfig
+    """What the later fusion will leave out, for the fusion-aware cost."""
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where scores or costs come from nowhere, or from two places."""
+        for name in ("scores", "costs"):
+            given = [f"inputs.{name}"] * (name in names) + [f"search.{name}"] * (getattr(self.search, name) is not None)
+            require(
+                len(given) == 1,
+                f"{name}: give either inputs.{name}=<artifact> or search.{name}=<CSV or JSON file>, "
+                f"got {' and '.join(given) or 'neither'}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleStage:
+    """Configuration of stage assemble."""
+
+    assemble: AssembleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneAttentionStage:
+    """Configuration of stage prune_attention."""
+
+    prune_attention: PruneAttentionConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureDependencyStage:
+    """Configuration of stage measure_dependency."""
+
+    dependency: DependencyConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreGroupsStage:
+    """Configuration of stage score_groups."""
+
+    group_scores: GroupScoreConfig
+    workload: WorkloadConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseStage:
+    """Configuration of stage fuse."""
+
+    fuse: FuseConfig
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require_fusion_inputs(self.fuse, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillGroupsStage:
+    """Configuration of stage distill_groups."""
+
+    group_distillation: GroupDistillationConfig
+    fuse: FuseConfig
+    """Chooses the groups, where the input `fused` does not name them."""
+    engine: EngineConfig
+    seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        if "fused" not in names:
+            require_fusion_inputs(self.fuse, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelizeBlocksStage:
+    """Configuration of stage parallelize_blocks."""
+
+    parallelize: ParallelizeConfig
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            self.parallelize.windows is not None or "dependency" in names,
+            "the greedy choice of windows goes by the input `dependency` (stage measure_dependency); name one, or set "
+            "parallelize.windows",
+        )
+
+
+def require_fusion_inputs(fuse: FuseConfig, names: Collection[str]) -> None:
+    """Raise ``ValueError`` where the choice of groups needs a measurement that is not among the inputs ``names``."""
+    require(
+        fuse.max_dependency is None or "dependency" in names,
+        f"fuse.max_dependency={fuse.max_dependency} needs the input `dependency` (stage measure_dependency); name one, "
+        "or set it to null",
+    )
+    needs_scores = {
+        "choose=most_gain": fuse.choose == "most_gain",
+        "treatment=remove": fuse.treatment == "remove",
+    }
+    for setting, needed in needs_scores.items():
+        require(
+            not needed or "group_scores" in names,
+            f"fuse.{setting} needs the input `group_scores` (stage score_groups); name one",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage:
+    """Configuration of stage distill."""
+
+    distill: TrainConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendContextStage:
+    """Configuration of stage extend_context."""
+
+    extend_context: ExtendContextConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    seed: int
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
+        require(
+            not self.objective.needs_teacher or "teacher" in names,
+            f"objective.kld={self.objective.kld} and objective.hidden_cosine={self.objective.hidden_cosine} need the "
+            "input `teacher`; name one, or train on the data alone with objective=lm",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage:
+    """Configuration of stage evaluate."""
+
+    evaluate: EvaluateConfig
+    engine: EngineConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkStage:
+    """Configuration of stage benchmark."""
+
+    benchmark: BenchmarkConfig
+    workload: WorkloadConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportStage:
+    """Configuration of stage export."""
+
+    export: ExportConfig
