@@ -7,8 +7,9 @@ before the first tensor comes. Files are named ``.part`` until the last tensor h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -20,8 +21,14 @@ from puzzle.model.safetensors_file import StoredTensor, copy_bytes, encode_heade
 from puzzle.model.tensor_layout import Shapes
 from puzzle.model.tensor_reader import WEIGHTS_FILE
 
-MAX_WAITING_PIECES = 4
+NUM_THREADS = 4
+"""That read and write beside the one that makes the pieces: disks and memory are busy at once then."""
+MAX_WAITING_JOBS = 8
 """Pieces of one tensor that are made and not yet written."""
+COPY_BYTES = 16 * 2**20
+"""Of one job of a copy."""
+
+Job = Callable[[], None]
 
 
 class ShardWriter:
@@ -30,6 +37,7 @@ class ShardWriter:
     def __init__(self, directory: Path, shapes: Shapes, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
         """Lay out the files and write their headers."""
         self._directory = directory
+        self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="shards")
         self._num_bytes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
         self.weight_map: dict[str, str] = {}
         """File of every tensor, under its final name."""
@@ -53,36 +61,53 @@ class ShardWriter:
         return sum(self._num_bytes.values())
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Write tensor ``name``: ``pieces`` are contiguous, on the CPU, and one after another have all its bytes."""
-        offset = self._offsets[name]
-        end = offset + self._num_bytes[name]
-        # One thread writes while this one makes the next pieces: either is busy with memory more than with the disk.
-        with self._open(name) as target, ThreadPoolExecutor(max_workers=1) as thread:
-            written: deque[Future[None]] = deque()
+        """Write tensor ``name``: ``pieces`` one after another have all its bytes; each is contiguous, on the CPU and in
+        memory of its own."""
+
+        def jobs(target: BinaryIO) -> Iterator[tuple[int, Job]]:
+            offset = self._offsets[name]
             for piece in pieces:
-                assert offset + piece.nbytes <= end, f"{name}: more than {self._num_bytes[name]} bytes"
-                if len(written) >= MAX_WAITING_PIECES:
-                    written.popleft().result()
-                written.append(thread.submit(write_from, target, offset, piece))
+                yield piece.nbytes, partial(write_from, target, offset, piece)
                 offset += piece.nbytes
-            for future in written:
-                future.result()
-            start_writing(target, self._offsets[name], self._num_bytes[name])
-        assert offset == end, f"{name}: {end - offset} of {self._num_bytes[name]} bytes are missing"
+
+        self._run(name, jobs)
 
     def copy(self, name: str, sources: Iterable[tuple[BinaryIO, StoredTensor]]) -> None:
         """Write tensor ``name`` from the bytes of ``sources``, one after another."""
-        offset = self._offsets[name]
-        end = offset + self._num_bytes[name]
-        with self._open(name) as target:
+
+        def jobs(target: BinaryIO) -> Iterator[tuple[int, Job]]:
+            offset = self._offsets[name]
             for source, stored in sources:
-                copy_bytes(source, stored.offset, target, offset, stored.num_bytes)
+                for start in range(0, stored.num_bytes, COPY_BYTES):
+                    count = min(COPY_BYTES, stored.num_bytes - start)
+                    yield count, partial(copy_bytes, source, stored.offset + start, target, offset + start, count)
                 offset += stored.num_bytes
+
+        self._run(name, jobs)
+
+    def _run(self, name: str, jobs: Callable[[BinaryIO], Iterator[tuple[int, Job]]]) -> None:
+        """Do ``jobs``, each with the bytes that it writes, several at once; all are done on return."""
+        left = self._num_bytes[name]
+        with self._open(name) as target:
+            waiting: deque[Future[None]] = deque()
+            try:
+                for num_bytes, job in jobs(target):
+                    left -= num_bytes
+                    assert left >= 0, f"{name}: more than {self._num_bytes[name]} bytes"
+                    if len(waiting) >= MAX_WAITING_JOBS:
+                        waiting.popleft().result()
+                    waiting.append(self._threads.submit(job))
+                for future in waiting:
+                    future.result()
+            finally:
+                # No job may find its file closed, or its number given to another file.
+                wait(waiting)
             start_writing(target, self._offsets[name], self._num_bytes[name])
-        assert offset == end, f"{name}: {end - offset} of {self._num_bytes[name]} bytes are missing"
+        assert left == 0, f"{name}: {left} of {self._num_bytes[name]} bytes are missing"
 
     def finish(self) -> None:
         """Give the files their final names; every tensor has been written."""
+        self._threads.shutdown()
         for file in self.files:
             self._part(file).rename(self._directory / file)
 
