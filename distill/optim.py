@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.config import OptimConfig
 
@@ -31,6 +32,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, eps: float = 1e-8)
         fused=on_cuda,
         foreach=not on_cuda,
     )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer of :func:`build_optimizer` as ``<parameter>/<key>``; what has not been stepped has none."""
+    names = _parameter_names(optimizer)
+    state = optimizer.state_dict()["state"]
+    return {f"{names[index]}/{key}": value for index, values in state.items() for key, value in values.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo of :func:`optimizer_tensors`; learning rate and the like stay as they are."""
+    names = _parameter_names(optimizer)
+    by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        by_parameter[name][key] = value
+    state = {index: by_parameter[name] for index, name in enumerate(names)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
 
 
 def learning_rate(config: OptimConfig, spent_frac: float) -> float:

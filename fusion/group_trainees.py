@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from distill.config import OptimConfig
 from distill.engine.base import TensorGroups, expect_shapes
-from distill.optim import build_optimizer
+from distill.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from fusion.config import Norm
 from fusion.grouping import Group
 from puzzle.blockwise import build_block, precision
@@ -174,19 +173,12 @@ class GroupTrainees:
 
     def state_dict(self) -> TensorGroups:
         """Weights and optimizer state, by name; nothing here is random."""
-        state = self._optimizer.state_dict()["state"]
-        optimizer = {f"{index}/{key}": value for index, values in state.items() for key, value in values.items()}
-        return {"model": self._members.state_dict(), "optimizer": optimizer}
+        return {"model": self._members.state_dict(), "optimizer": optimizer_tensors(self._optimizer)}
 
     def load_state_dict(self, tensors: TensorGroups) -> None:
         """Undo of :meth:`state_dict`."""
         self._members.load_state_dict(tensors["model"])
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors["optimizer"].items():
-            index, _, key = name.partition("/")
-            state[int(index)][key] = value
-        param_groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": dict(state), "param_groups": param_groups})
+        load_optimizer_tensors(self._optimizer, tensors["optimizer"])
 
     def _activations(self, input_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Position of every group, and the hidden states [batch, seq, hidden] before and after it."""

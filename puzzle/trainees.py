@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from distill.config import OptimConfig
 from distill.engine.base import TensorGroups, expect_shapes
-from distill.optim import build_optimizer
+from distill.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from puzzle.blockwise import build_block, precision
 from puzzle.library import Replacement
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig
@@ -152,19 +152,12 @@ class Trainees:
 
     def state_dict(self) -> TensorGroups:
         """Weights and optimizer state, by name; nothing here is random."""
-        state = self._optimizer.state_dict()["state"]
-        optimizer = {f"{index}/{key}": value for index, values in state.items() for key, value in values.items()}
-        return {"model": self._children.state_dict(), "optimizer": optimizer}
+        return {"model": self._children.state_dict(), "optimizer": optimizer_tensors(self._optimizer)}
 
     def load_state_dict(self, groups: TensorGroups) -> None:
         """Undo of :meth:`state_dict`."""
         self._children.load_state_dict(groups["model"])
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in groups["optimizer"].items():
-            index, _, key = name.partition("/")
-            state[int(index)][key] = value
-        param_groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": dict(state), "param_groups": param_groups})
+        load_optimizer_tensors(self._optimizer, groups["optimizer"])
 
     def _activations(self, input_ids: Tensor) -> Iterator[BlockActivations]:
         """Those of blocks that have something to learn here; the hidden states travel on all the same."""

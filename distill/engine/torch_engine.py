@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill.config import EngineConfig, OptimConfig
 from distill.engine.base import TensorGroups, compile_blocks, micro_batch_size, resolve_device, resolve_dtype
 from distill.objective import Objective
-from distill.optim import build_optimizer
+from distill.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 
 class TorchEngine:
@@ -66,16 +66,12 @@ class TorchEngine:
 
     def state_dict(self) -> TensorGroups:
         """See :class:`distill.engine.base.Engine`. Tied parameters are held once."""
-        names = [name for group in self._optimizer.param_groups for name in group["param_names"]]
-        optimizer = self._optimizer.state_dict()["state"]
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "model": {name: parameter.detach() for name, parameter in self._model.named_parameters()},
-            "optimizer": {
-                f"{names[index]}/{key}": value for index, state in optimizer.items() for key, value in state.items()
-            },
+            "optimizer": optimizer_tensors(self._optimizer),
             "rng": rng,
         }
 
@@ -84,17 +80,7 @@ class TorchEngine:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(state["model"][name])
-        names = [name for group in self._optimizer.param_groups for name in group["param_names"]]
-        by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for path, value in state["optimizer"].items():
-            name, _, key = path.rpartition("/")
-            by_parameter[name][key] = value
-        self._optimizer.load_state_dict(
-            {
-                "state": {index: by_parameter[name] for index, name in enumerate(names)},
-                "param_groups": self._optimizer.state_dict()["param_groups"],
-            }
-        )
+        load_optimizer_tensors(self._optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
