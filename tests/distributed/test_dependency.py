@@ -218,5 +218,6 @@ def test_bad_input_ends_all_processes_with_one_message(
     arguments = ["measure_dependency", f"run.root={tmp_path}", *SETTINGS.split(), *inputs, *further]
     results = run_in_processes(2, launch, arguments)
     assert [status for status, _ in results] == [2, 2]
-    assert message in results[0][1]
+    # The process that fails first says why, whichever it is, and no other does.
+    assert [message in said for _, said in results].count(True) == 1
     assert not list(tmp_path.glob("store/measure_dependency-*"))
