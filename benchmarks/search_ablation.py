@@ -1,12 +1,14 @@
 """What the search and BLD are worth: children of one parent at one latency budget, before any global training.
 
-    python benchmarks/search_ablation.py [--root runs/ablation] [--samples 3] [--set KEY=VALUE ...] [--out DIR]
+    python benchmarks/search_ablation.py [--root runs/ablation] [--samples 0 1 2] [--set KEY=VALUE ...] [--out DIR]
 
 Every row is a child that the real stages made: a method of choosing variants (MIP, greedy, attention pruning, random,
-most parameters, no-op only), with replacements trained by BLD or as initialised, and scores from one of several samples
-of calibration data. All meet the same budget of measured decode latency, and all are judged on the same held-out text,
-which neither BLD nor the scores have seen. Besides: plain search against fusion-aware search, before and after fusion,
-and scores of iterative removals. Steps that are in the store are not computed again.
+most parameters, no-op only), with replacements trained by BLD or as initialised. Everything is repeated with other
+samples of calibration data: each has a library of its own, ranked on other sequences and trained on the text in another
+order, and scores from sequences that its library has not seen. All meet the same budget of measured decode latency, and
+all are judged on the same held-out text, which neither BLD nor the scores have seen. Besides: plain search against
+fusion-aware search, before and after fusion, and scores of iterative removals. Steps that are in the store are not
+computed again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any
 from ablation import new_parser, run, write_results
 
 from launch.artifact import Artifact
-from launch.config import StepConfig
+from launch.config import StepConfig, compose_stage
+from launch.registry import STAGES
 
 METHODS = ("mip", "greedy", "attention_pruning", "random", "max_params", "no_op_only")
 LIBRARIES = {"bld": "true", "init": "false"}
@@ -27,36 +30,37 @@ LIBRARIES = {"bld": "true", "init": "false"}
 
 
 def search_steps(
-    *, libraries: list[str], samples: int, sequences: int, latency_frac: float, iterative_removals: int
+    *, libraries: list[str], samples: list[int], stride: int, seen: int, latency_frac: float, iterative_removals: int
 ) -> tuple[dict[str, StepConfig], list[str]]:
-    """Steps up to the children by name, and the children, which are named ``<library>_<method>_<sample>``."""
+    """Steps up to the children by name, and the children, which are named ``<library>_<method>_<sample>``.
+
+    Args:
+        stride: Calibration sequences of a sample.
+        seen: Of them, what the library sees; scores are from the others.
+    """
     found = {
         "parent": StepConfig(stage="import_parent"),
         "data": StepConfig(stage="prepare_data", inputs={"parent": "parent"}),
     }
-    for library in libraries:
-        inputs = {"parent": "parent", "data": "data"}
-        found[library] = StepConfig(
-            stage="build_library", inputs=inputs, overrides=(f"library.train={LIBRARIES[library]}",)
-        )
     found["costs"] = StepConfig(stage="measure_costs", inputs={"parent": "parent"})
     children: list[str] = []
-    for sample in range(samples):
-        skip = f"scores.skip_sequences={sample * sequences}"
-        for library in libraries:
-            scores = f"{library}_scores_{sample}"
+    for sample in samples:
+        skip = f"scores.skip_sequences={sample * stride + seen}"
+        for kind in libraries:
+            library, scores = f"{kind}_library_{sample}", f"{kind}_scores_{sample}"
+            found[library] = _library(kind, sample, stride)
             found[scores] = _scores(library, skip)
             for method in METHODS:
-                name = f"{library}_{method}_{sample}"
+                name = f"{kind}_{method}_{sample}"
                 overrides = (f"search.method={method}", f"search.random_seed={sample}")
                 children += _child(found, name, library, scores, latency_frac, *overrides)
         if "bld" not in libraries:
             continue
-        plain = f"bld_plain_{sample}"
-        children += _child(found, plain, "bld", f"bld_scores_{sample}", latency_frac, "search.fusion_aware=false")
+        library, plain = f"bld_library_{sample}", f"bld_plain_{sample}"
+        children += _child(found, plain, library, f"bld_scores_{sample}", latency_frac, "search.fusion_aware=false")
         iterative = f"bld_scores_iterative_{sample}"
-        found[iterative] = _scores("bld", skip, f"scores.iterative_removals={iterative_removals}")
-        children += _child(found, f"bld_iterative_{sample}", "bld", iterative, latency_frac)
+        found[iterative] = _scores(library, skip, f"scores.iterative_removals={iterative_removals}")
+        children += _child(found, f"bld_iterative_{sample}", library, iterative, latency_frac)
     return found, children
 
 
@@ -70,6 +74,11 @@ def judging_steps(artifacts: Mapping[str, Artifact], children: list[str]) -> dic
             judged[f"{name}_fused"] = None
     inputs = {"parent": "parent", "data": "data"} | {name: name for name in judged}
     return found | {"evaluation": StepConfig(stage="evaluate", inputs=inputs)}
+
+
+def _library(kind: str, sample: int, stride: int) -> StepConfig:
+    settings = (f"library.train={LIBRARIES[kind]}", f"library.skip_sequences={sample * stride}", f"seed={sample}")
+    return StepConfig(stage="build_library", inputs={"parent": "parent", "data": "data"}, overrides=settings)
 
 
 def _scores(library: str, *overrides: str) -> StepConfig:
@@ -152,19 +161,23 @@ def _spread(group: list[dict[str, Any]], key: str, form: str = ".3f") -> str:
 def main() -> None:
     parser = new_parser(__doc__, root="runs/ablation")
     parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES), help="rows to make")
-    parser.add_argument("--samples", type=int, default=3, help="samples of calibration data")
+    parser.add_argument("--samples", type=int, nargs="+", default=[0, 1, 2], help="samples of calibration data")
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of each sample")
     parser.add_argument("--latency-frac", type=float, default=0.6, help="budget of decode latency")
     parser.add_argument("--iterative-removals", type=int, default=16, help="removals that are scored one after another")
     options = parser.parse_args()
+    library = compose_stage(STAGES["build_library"].config, options.set).library
+    seen, of_scores = library.importance_sequences + library.bld.eval_sequences, options.sequences
     steps, children = search_steps(
         libraries=options.libraries,
         samples=options.samples,
-        sequences=options.sequences,
+        stride=seen + of_scores,
+        seen=seen,
         latency_frac=options.latency_frac,
         iterative_removals=options.iterative_removals,
     )
-    overrides = [*options.set, f"scores.num_sequences={options.sequences}"]
+    # One length of sequences, so that what the library has seen can be left out by counting.
+    overrides = [*options.set, f"scores.num_sequences={of_scores}", f"scores.seq_len={library.bld.seq_len}"]
     # Only a solution says whether its child has anything to fuse, so the fusions are planned afterwards.
     artifacts = run(options.root, "ablation", steps, overrides, is_fused_elsewhere=True)
     steps |= judging_steps(artifacts, children)

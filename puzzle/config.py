@@ -90,6 +90,8 @@ class LibraryConfig:
 
     importance_sequences: int
     """Calibration sequences from which FFN channels, and KV heads that are selected, are ranked."""
+    skip_sequences: int = 0
+    """Calibration sequences to leave out before the first: another sample of the same data."""
     ffn_importance: Literal["independent", "iterative"] = "independent"
     """independent: every channel by what its removal alone does; iterative: by what its removal does beside those that
     are removed already, a share of the channels in each round."""
@@ -115,6 +117,7 @@ class LibraryConfig:
     def __post_init__(self) -> None:
         for name in ("importance_sequences", "importance_rounds"):
             require(getattr(self, name) > 0, f"library.{name} must be > 0, got {getattr(self, name)}")
+        require(self.skip_sequences >= 0, f"library.skip_sequences must be >= 0, got {self.skip_sequences}")
         for name, value in (("max_attentions", self.max_attentions), ("max_ffns", self.max_ffns)):
             require(value is None or value >= 1, f"library.{name} must be >= 1 (the parent's own stays), got {value}")
         require(

@@ -58,8 +58,9 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, parent_dir, "parent")
     # Apart from the validation split, on which children are judged later.
-    num_ranking = config.library.importance_sequences
-    calibration = dataset.split("calibration").first(num_ranking + train.eval_sequences, train.seq_len)
+    num_skipped, num_ranking = config.library.skip_sequences, config.library.importance_sequences
+    num_needed = num_skipped + num_ranking + train.eval_sequences
+    calibration = dataset.split("calibration").first(num_needed, train.seq_len)[num_skipped:]
     settings = BldSettings(
         train=train,
         optim=config.library.optim,
@@ -144,6 +145,7 @@ def _ranking_facts(config: BuildLibraryStage, inputs: Inputs) -> dict[str, Any]:
         "data": inputs["data"].manifest.fingerprint,
         "precision": config.engine.precision,
         "importance_sequences": config.library.importance_sequences,
+        "skip_sequences": config.library.skip_sequences,
         "seq_len": config.library.bld.seq_len,
     }
 
