@@ -76,8 +76,8 @@ class DataConfig:
 class EngineConfig:
     """The library that runs forward, backward and step."""
 
-    name: Literal["torch"] = "torch"
-    """torch: one process."""
+    name: Literal["torch", "deepspeed", "megatron"] = "torch"
+    """torch: one process, DDP or FSDP2; deepspeed: ZeRO; megatron: tensor, sequence and pipeline parallelism."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=PLACEMENT)
     """auto: the first CUDA device if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -89,9 +89,34 @@ class EngineConfig:
     its slice. Further ranks are replicas, which share the work."""
     compile: bool = field(default=False, metadata=PLACEMENT)
     """Compile every block of student and teacher with torch.compile: seconds at the start, faster steps on GPUs."""
+    shard: bool = field(default=False, metadata=PLACEMENT)
+    """torch: FSDP2, which deals weights, gradients and optimizer state over the ranks, in place of DDP. It deals the
+    teacher's weights too."""
+    zero_stage: Literal[1, 2, 3] = field(default=2, metadata=PLACEMENT)
+    """deepspeed: what is dealt over the ranks: optimizer state, gradients too, weights too."""
+    offload_optimizer: bool = field(default=False, metadata=PLACEMENT)
+    """torch and deepspeed: master weights and optimizer state live in CPU memory, where the step is made."""
+    recompute: bool = field(default=False, metadata=PLACEMENT)
+    """Activation checkpointing: keep each block's input alone and compute the rest again in the backward pass."""
+    offload_activations: bool = field(default=False, metadata=PLACEMENT)
+    """With recompute: keep the blocks' inputs in CPU memory."""
+    ffn_tile_tokens: int = field(default=0, metadata=PLACEMENT)
+    """Most tokens that go through the widest FFN at once, narrower ones take more in proportion; 0: all of them."""
+    sequence_parallel: int = field(default=1, metadata=PLACEMENT)
+    """torch and deepspeed: ranks that share every sequence (Ulysses): each holds a part of its tokens, and in attention
+    a part of the heads."""
+    tensor_parallel: int = field(default=1, metadata=PLACEMENT)
+    """megatron: ranks that share every matrix; between them activations are split over the sequence."""
+    pipeline_parallel: int = field(default=1, metadata=PLACEMENT)
+    """megatron: ranks that share the blocks, one stage each, of nearly equal cost."""
+    teacher_device: str = field(default="same", metadata=PLACEMENT)
+    """Where the teacher runs: same, cpu, or a device of its own such as cuda:1."""
 
     def __post_init__(self) -> None:
-        require(self.slices >= 1, f"engine.slices must be >= 1, got {self.slices}")
+        counts = ("slices", "sequence_parallel", "tensor_parallel", "pipeline_parallel")
+        for name in counts:
+            require(getattr(self, name) >= 1, f"engine.{name} must be >= 1, got {getattr(self, name)}")
+        require(self.ffn_tile_tokens >= 0, f"engine.ffn_tile_tokens must be >= 0, got {self.ffn_tile_tokens}")
         require(self.micro_batch_tokens >= 0, f"engine.micro_batch_tokens must be >= 0, got {self.micro_batch_tokens}")
 
 
@@ -128,9 +153,16 @@ class ObjectiveConfig:
     """Weights of the loss terms. A weight of 0 leaves the term out."""
 
     kld: float = 0.0
-    """Forward KL(teacher || student) over the full vocabulary, per token, in nats."""
+    """Divergence of the student from the teacher over the full vocabulary, per token, in nats."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """forward: KL(teacher || student); reverse: KL(student || teacher); jsd: the generalised Jensen-Shannon divergence,
+    jsd_beta KL(teacher || m) + (1 - jsd_beta) KL(student || m) with m = jsd_beta teacher + (1 - jsd_beta) student."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture."""
     hidden_cosine: float = 0.0
     """Mean over mapped blocks of 1 - cos(teacher hidden, student hidden) (Puzzle, GKD)."""
+    hidden_mse: float = 0.0
+    """Mean over mapped blocks of MSE(student hidden, teacher hidden) / MSE(0, teacher hidden), over all tokens."""
     lm: float = 0.0
     """Next-token cross-entropy on the data, per token, in nats."""
     temperature: float = 1.0
@@ -139,16 +171,23 @@ class ObjectiveConfig:
     """Tokens whose logits exist at once. Bounds memory."""
 
     def __post_init__(self) -> None:
-        weights = (self.kld, self.hidden_cosine, self.lm)
-        require(all(w >= 0 for w in weights), f"objective weights must be >= 0, got kld, hidden_cosine, lm = {weights}")
-        require(any(w > 0 for w in weights), "objective has no term; give kld, hidden_cosine or lm a weight > 0")
+        names = ("kld", "hidden_cosine", "hidden_mse", "lm")
+        weights = tuple(getattr(self, name) for name in names)
+        require(all(w >= 0 for w in weights), f"objective weights must be >= 0, got {', '.join(names)} = {weights}")
+        require(any(w > 0 for w in weights), f"objective has no term; give one of {', '.join(names)} a weight > 0")
+        require(0 < self.jsd_beta < 1, f"objective.jsd_beta must be in 0..1 without its ends, got {self.jsd_beta}")
         require(self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}")
         require(self.chunk_tokens > 0, f"objective.chunk_tokens must be > 0, got {self.chunk_tokens}")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term compares the student with a teacher."""
-        return self.kld > 0 or self.hidden_cosine > 0
+        return self.kld > 0 or self.compares_hidden
+
+    @property
+    def compares_hidden(self) -> bool:
+        """Whether a term compares hidden states block by block."""
+        return self.hidden_cosine > 0 or self.hidden_mse > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +206,11 @@ class TrainConfig:
     """Validation sequences per evaluation."""
     resume_every_tokens: int = field(default=0, metadata=PLACEMENT)
     """Tokens between resume points. 0: a tenth of the budget."""
+    data_end: Literal["refuse", "repeat", "stop"] = "refuse"
+    """What to do where the budget is beyond the train split: refuse it before anything runs, repeat the split in
+    another order, or stop after one pass."""
+    separate_documents: bool = False
+    """Keep the documents of a packed sequence apart: positions start anew and no token attends to another document."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seq_len", "batch_size", "eval_sequences"):
