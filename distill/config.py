@@ -23,8 +23,9 @@ def require(condition: bool, message: str) -> None:
 class SourceConfig:
     """One source of text documents."""
 
-    kind: Literal["python_stdlib", "text", "hub"]
-    """python_stdlib: source and docstrings of the running Python; text: local files; hub: a Hugging Face dataset."""
+    kind: Literal["python_stdlib", "text", "hub", "generated"]
+    """python_stdlib: source and docstrings of the running Python; text: local files; hub: a Hugging Face dataset;
+    generated: what stage generate_text sampled from a model, the input `generated`."""
     path: str | None = field(default=None, metadata=PLACEMENT)
     """text: a file, a directory or a glob (.txt .md .rst .py .jsonl .parquet, .xz, .gz); hub: the dataset id."""
     subset: str | None = None
@@ -40,10 +41,21 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data.sources: weight must be > 0, got {self.weight} for kind={self.kind}")
-        require(
-            self.kind == "python_stdlib" or bool(self.path),
-            f"data.sources: kind={self.kind} needs a path; set path=<file, directory, glob or dataset id>",
-        )
+        if self.kind in ("text", "hub"):
+            require(
+                bool(self.path),
+                f"data.sources: kind={self.kind} needs a path; set path=<file, directory, glob or dataset id>",
+            )
+        else:
+            # The stage itself fills in where generated text lies.
+            require(
+                self.path is None or self.kind == "generated",
+                f"data.sources: kind={self.kind} has no use for path={self.path}; leave it out, or set kind=text",
+            )
+        if self.kind != "hub":
+            given = {"subset": self.subset, "revision": self.revision}
+            unused = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+            require(not unused, f"data.sources: {unused} is for kind=hub, got kind={self.kind}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +65,15 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]
     """The mixture."""
     train_tokens: int
-    """Upper bound on the tokens of the train split; less text than that is an error unless allow_fewer_tokens."""
+    """Most tokens of the train split. Where the text ends before, the split is shorter, and the stages whose budget is
+    beyond it refuse, repeat or stop as their ``data_end`` says."""
     validation_tokens: int
     """Tokens of the held-out split, taken from whole documents that the train split never sees."""
     calibration_tokens: int
     """Tokens of the frozen split shared by importance, scoring and dependency measurement."""
-    allow_fewer_tokens: bool = False
-    """Accept a train split shorter than train_tokens; later stages then repeat it, epoch after epoch."""
+    long_document_tokens: int = 0
+    """> 0: documents of at least this many tokens alone, and files whole in place of cut into documents of 8,192
+    characters. Set to the longest seq_len of a context extension, at most one document ends inside a sequence."""
     tokenizer: Literal["train", "parent"] = "parent"
     """train: learn a byte-level BPE on the text; parent: use the tokenizer of input `parent`."""
     vocab_size: int = 2048
@@ -69,6 +83,19 @@ class DataConfig:
         require(len(self.sources) > 0, "data.sources is empty; name at least one source")
         for name in ("train_tokens", "validation_tokens", "calibration_tokens"):
             require(getattr(self, name) > 0, f"data.{name} must be > 0, got {getattr(self, name)}")
+        require(
+            self.long_document_tokens >= 0,
+            f"data.long_document_tokens must be >= 0, got {self.long_document_tokens}",
+        )
+        seen = set[tuple[str | None, ...]]()
+        for source in self.sources:
+            origin = (source.kind, source.path, source.subset, source.split, source.text_field)
+            require(
+                origin not in seen,
+                f"data.sources: kind={source.kind} path={source.path} is there twice; duplicate documents are dropped, "
+                "so give it once, with the sum of the weights",
+            )
+            seen.add(origin)
         require(self.vocab_size >= 260, f"data.vocab_size must be >= 260 (bytes and specials), got {self.vocab_size}")
 
 
@@ -167,8 +194,9 @@ class ObjectiveConfig:
     """Next-token cross-entropy on the data, per token, in nats."""
     temperature: float = 1.0
     """Softmax temperature of both models in the KL term, which is then multiplied by its square."""
-    chunk_tokens: int = field(default=1024, metadata=PLACEMENT)
-    """Tokens whose logits exist at once. Bounds memory."""
+    chunk_tokens: int = field(default=0, metadata=PLACEMENT)
+    """Most tokens whose logits exist at once. Bounds memory. 0: as many as fill 1 GiB per model on a GPU, 64 MiB on a
+    CPU."""
 
     def __post_init__(self) -> None:
         names = ("kld", "hidden_cosine", "hidden_mse", "lm")
@@ -177,7 +205,7 @@ class ObjectiveConfig:
         require(any(w > 0 for w in weights), f"objective has no term; give one of {', '.join(names)} a weight > 0")
         require(0 < self.jsd_beta < 1, f"objective.jsd_beta must be in 0..1 without its ends, got {self.jsd_beta}")
         require(self.temperature > 0, f"objective.temperature must be > 0, got {self.temperature}")
-        require(self.chunk_tokens > 0, f"objective.chunk_tokens must be > 0, got {self.chunk_tokens}")
+        require(self.chunk_tokens >= 0, f"objective.chunk_tokens must be >= 0, got {self.chunk_tokens}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -286,6 +314,10 @@ class PhaseConfig:
     """Sequences per optimizer step."""
     rope: RopeConfig | None = None
     """Rotary settings from this phase on; null keeps those of the phase before."""
+    data_end: Literal["refuse", "repeat", "stop"] = "refuse"
+    """As in TrainConfig."""
+    separate_documents: bool = False
+    """As in TrainConfig."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "max_tokens", "batch_size"):

@@ -6,14 +6,18 @@ does while the others wait for it needs no thought of them.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from distill.config import require
 
 TIMEOUT = timedelta(days=30)
 """Others wait while the first process runs a stage of its own, for days if it must. A process that ends closes its
@@ -36,6 +40,7 @@ def join() -> None:
 def leave() -> None:
     """Undo of :func:`join`. Only where all went well: it may wait for the others."""
     if distributed.is_initialized():
+        _groups.clear()
         distributed.destroy_process_group()
 
 
@@ -114,3 +119,71 @@ def start_send(tensor: Tensor, *, to: int) -> distributed.Work:
 def receive_into(tensor: Tensor, *, source: int) -> None:
     """Fill ``tensor`` with what rank ``source`` sends next. On a GPU the stream waits, not the host."""
     distributed.recv(tensor, src=source)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of ``tensor`` over all processes, in place. On a GPU the stream waits, not the host."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_sums(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum over all processes of each scalar, which all have under the same names, in one message."""
+    total = all_reduce_sum(torch.stack(list(values.values())))
+    return dict(zip(values, total.unbind(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRanks:
+    """Which sequences, and which part of each, this process sees: consecutive ranks share sequences."""
+
+    data_rank: int
+    num_data_ranks: int
+    part: int
+    """Index of this process's part of every sequence."""
+    num_parts: int
+    group: distributed.ProcessGroup | None
+    """The processes that share this one's sequences; None: it has them whole."""
+
+
+def data_ranks(num_parts: int) -> DataRanks:
+    """Deal the processes into groups of ``num_parts`` that share their sequences. Every process calls it.
+
+    Raises:
+        ValueError: the groups do not come out even.
+    """
+    require(
+        world_size() % num_parts == 0,
+        f"engine.sequence_parallel={num_parts} does not divide {world_size()} processes; start a multiple of it",
+    )
+    return DataRanks(
+        data_rank=rank() // num_parts,
+        num_data_ranks=world_size() // num_parts,
+        part=rank() % num_parts,
+        num_parts=num_parts,
+        group=_consecutive_group(num_parts) if num_parts > 1 else None,
+    )
+
+
+def everyone() -> distributed.ProcessGroup:
+    """Group of all processes; of this one alone where it is the only one."""
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        atexit.register(leave)
+    if world_size() == distributed.get_world_size():
+        return distributed.group.WORLD
+    if 1 not in _groups:
+        _groups[1] = distributed.new_group([distributed.get_rank()], use_local_synchronization=True)
+    return _groups[1]
+
+
+_groups: dict[int, distributed.ProcessGroup] = {}
+"""By size: a group holds connections until the end, so that each is made once."""
+
+
+def _consecutive_group(size: int) -> distributed.ProcessGroup:
+    if size not in _groups:
+        _groups[size], _ = distributed.new_subgroups(size, timeout=TIMEOUT)
+    return _groups[size]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from distill.data.batch import IGNORE_INDEX, Batch
+from distill.forward import forward_inputs
 from distill.losses import token_metrics
-from distill.objective import next_token_hidden, next_token_labels
+from distill.objective import teacher_arguments
+from distill.teacher import CachedTeacher, Teacher, TeacherSignal
 
-_REPORTED_NAMES = {"lm_loss": "lm_loss", "kld": "kld", "top1_agreement": "top1_agreement_frac"}
+NUM_TARGETS = "num_targets"
+_REPORTED_NAMES = {
+    "lm_loss": "lm_loss",
+    "kld": "kld",
+    "top1_agreement": "top1_agreement_frac",
+    "teacher_lm_loss": "teacher_lm_loss",
+}
 
 
 @torch.no_grad()
@@ -33,30 +45,80 @@ def evaluate_model(
         chunk_tokens: tokens whose logits exist at once.
 
     Returns:
-        ``lm_loss`` (nats per token) and, with a teacher, ``kld`` (KL(teacher || model), nats per token) and
-        ``top1_agreement_frac`` (share of tokens where both put the same next token first).
+        ``lm_loss`` (nats per token) and, with a teacher, ``kld`` (KL(teacher || model), nats per token),
+        ``top1_agreement_frac`` (share of tokens where both put the same next token first) and ``teacher_lm_loss``.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    num_tokens = 0
     with tqdm(total=len(sequences), desc="evaluate", unit="seq", leave=False) as bar:
-        for batch in sequences.split(batch_size):
-            input_ids = batch.to(device)
-            labels = next_token_labels(input_ids)
-            teacher_hidden, teacher_head = (None, None) if teacher is None else _hidden_and_head(teacher, input_ids)
-            metrics = token_metrics(
-                *_hidden_and_head(model, input_ids), teacher_hidden, teacher_head, labels, chunk_tokens
-            )
-            for name, values in metrics.items():
-                sums[name] = sums.get(name, 0) + values.sum(dtype=torch.float64)
-            num_tokens += len(labels)
+        for batch in Batch.of(sequences).split(batch_size):
+            batch = batch.to(device)
+            signal = None if teacher is None else TeacherSignal(**_hidden_and_head(teacher, batch))
+            add_sums(sums, _sums(model, batch, signal, chunk_tokens))
             bar.update(len(batch))
     model.train(was_training)
-    return {_REPORTED_NAMES[name]: float(total) / num_tokens for name, total in sums.items()}
+    return means(sums)
 
 
-def _hidden_and_head(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = model.model(input_ids, use_cache=False).last_hidden_state
-    return next_token_hidden(hidden), model.get_output_embeddings().weight
+def held_out_sums(
+    model: nn.Module, batch: Batch, *, teacher: Teacher | CachedTeacher | None, chunk_tokens: int
+) -> dict[str, Tensor]:
+    """Sums over the positions of ``batch`` that have a label, without gradient, in fp64 on the device.
+
+    Args:
+        model: causal LM with the Hugging Face surface, in eval mode.
+        batch: on the model's device.
+        teacher: whose signals the model is compared with; None: no comparison.
+        chunk_tokens: tokens whose logits exist at once.
+
+    Returns:
+        Sums behind the metrics of :func:`evaluate_model`, and ``num_targets``. :func:`means` makes metrics of them.
+        A cached teacher has no ``teacher_lm_loss``, and its ``kld`` is on its likeliest tokens and the rest.
+    """
+    return _sums(model, batch, None if teacher is None else teacher.signal(batch), chunk_tokens)
+
+
+def equal_shares(sequences: Tensor, *, rank: int, num_ranks: int) -> Batch:
+    """``rank``'s share of ``sequences`` [num_sequences, seq], as many for every rank.
+
+    Where they do not come out even, the last ranks get sequences without labels, which count nothing: sharded models
+    need every rank in every forward.
+    """
+    share = -(-len(sequences) // num_ranks)
+    missing = share * num_ranks - len(sequences)
+    batch = Batch.of(torch.cat((sequences, sequences[:1].expand(missing, -1))))
+    batch.labels[len(sequences) :] = IGNORE_INDEX
+    batch.sequence_ids[len(sequences) :] = 0
+    return batch.rows(rank * share, (rank + 1) * share)
+
+
+def add_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add ``more`` to ``sums`` in place."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def means(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics of :func:`evaluate_model` from sums over all batches (and ranks). Waits for the device."""
+    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    num_targets = values.pop(NUM_TARGETS)
+    return {_REPORTED_NAMES[name]: value / num_targets for name, value in values.items()}
+
+
+def _sums(model: nn.Module, batch: Batch, teacher: TeacherSignal | None, chunk_tokens: int) -> dict[str, Tensor]:
+    student, labels = _hidden_and_head(model, batch), batch.labels.flatten()
+    taught: dict[str, Any] = {"teacher_hidden": None, "teacher_head": None}
+    if teacher is not None:
+        taught |= teacher_arguments(teacher)
+    metrics = token_metrics(
+        student["hidden"].flatten(0, 1), student["head"], labels=labels, chunk_tokens=chunk_tokens, **taught
+    )
+    sums = {name: values.sum(dtype=torch.float64) for name, values in metrics.items()}
+    return {**sums, NUM_TARGETS: (labels != IGNORE_INDEX).sum(dtype=torch.float64)}
+
+
+def _hidden_and_head(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    outputs = model.model(batch.input_ids, use_cache=False, **forward_inputs(batch, model))
+    return {"hidden": outputs.last_hidden_state, "head": model.get_output_embeddings().weight}

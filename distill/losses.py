@@ -1,7 +1,7 @@
 """Training losses and token metrics as pure tensor functions.
 
-Every term is in nats or dimensionless, averaged over tokens. Logits over the full vocabulary exist for one chunk of
-tokens at a time only: at Llama 3's vocabulary the logits of one 8,192-token sequence are 4 GiB in fp32, per model.
+Every term is in nats or dimensionless. Logits over the full vocabulary exist for one chunk of tokens at a time only: at
+Llama 3's vocabulary the logits of one 8,192-token sequence are 2 GiB in bf16, per model, and 4 GiB in fp32.
 """
 
 from __future__ import annotations
@@ -11,75 +11,124 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-IGNORE_INDEX = -100
-"""Label of a token that has no LM term, as in torch's cross-entropy."""
+from distill.chunked_head import (
+    Chunks,
+    HeadLosses,
+    Outcomes,
+    TopK,
+    TopTeacher,
+    as_teacher,
+    log_z_and_nll,
+    matmul_operand,
+    product_dtype,
+    project,
+    row_chunks,
+)
+from distill.data.batch import IGNORE_INDEX
+from distill.fused import at_least_fp32, fused
+from distill.logits import Divergence, Kind, VocabShard, divergence_value, whole_divergence
 
 
 def normalized_mse(child: Tensor, parent: Tensor) -> Tensor:
     """MSE(child, parent) / MSE(0, parent) over all elements, in fp32 (Puzzle, section 3: the BLD loss)."""
-    child, parent = _at_least_fp32(child), _at_least_fp32(parent)
+    child, parent = at_least_fp32(child), at_least_fp32(parent)
     return functional.mse_loss(child, parent) / parent.square().mean()
 
 
-def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over tokens of 1 - cos(student, teacher), in fp32 (Puzzle, GKD).
+def hidden_cosine(student: Tensor, teacher: Tensor, num_positions: int | None = None) -> Tensor:
+    """Sum over positions of 1 - cos(student, teacher), divided by ``num_positions``, in fp32 (Puzzle, GKD).
+
+    Keeps nothing for the backward pass but the two arguments and two numbers per position. A position where either is
+    zero is at distance 1 and has no gradient.
 
     Args:
         student: hidden [..., hidden].
         teacher: hidden [..., hidden] of the same shape, without gradient.
+        num_positions: of the whole optimizer step; None: those at hand, which gives their mean.
     """
-    student = _at_least_fp32(student)
-    # The teacher is promoted inside each product: autograd then keeps it as it came, not an fp32 copy per block.
-    dot = (student * teacher).sum(-1)
-    norms = torch.linalg.vector_norm(student, dim=-1) * torch.linalg.vector_norm(teacher, dim=-1, dtype=student.dtype)
-    return 1 - (dot / norms.clamp_min(torch.finfo(student.dtype).tiny)).mean()
+    return _HiddenDistance.apply(student, teacher.detach(), "cosine") / (num_positions or student[..., 0].numel())
+
+
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum (student - teacher)^2 / sum teacher^2 over all elements, in fp32, with the gradient of the student alone.
+
+    Keeps nothing for the backward pass but the two arguments.
+    """
+    return _HiddenDistance.apply(student, teacher.detach(), "mse")
 
 
 def head_losses(
     student_hidden: Tensor,
     student_head: Tensor,
     *,
+    labels: Tensor,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
-    labels: Tensor | None = None,
+    teacher_top: TopK | None = None,
     kld_weight: float,
     lm_weight: float,
+    divergence: Kind = "forward",
+    jsd_beta: float = 0.5,
     temperature: float = 1.0,
-    chunk_tokens: int,
+    num_targets: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
+    chunk_tokens: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of forward KL(teacher || student) and LM cross-entropy, through both LM heads, chunk by chunk.
+    """Weighted sum of a divergence from the teacher and LM cross-entropy, through the LM heads, chunk by chunk.
 
     The gradient is computed beside the loss: backward only scales it by one number, so logits are neither kept nor
-    computed again. Matrix products run in autocast's dtype, else in that of the hidden states; softmax runs in fp32.
+    computed again. Backward can run once. Matrix products run in autocast's dtype, else in that of the hidden states;
+    softmax and the sum of the head's gradient over chunks are in fp32.
+
+    Only positions with a label count. A teacher comes as hidden states and head, or as its k likeliest tokens; then
+    both models are compared on k + 1 outcomes, those tokens and any other, at temperature 1: the divergence is a lower
+    bound of the one on the full vocabulary, and the gradient within the rest is in proportion to the student's
+    probabilities.
 
     Args:
         student_hidden: [tokens, hidden], after the final norm.
         student_head: [vocab, hidden].
-        teacher_hidden: [tokens, teacher hidden]; None: no KL term.
+        labels: next token ids [tokens], IGNORE_INDEX where there is none.
+        teacher_hidden: [tokens, teacher hidden].
         teacher_head: [vocab, teacher hidden].
-        labels: next token ids [tokens], IGNORE_INDEX where there is none; None: no LM term.
-        kld_weight: weight of the KL term.
+        teacher_top: in place of them; k is less than the vocabulary (of a shard, where it is shared).
+        kld_weight: weight of the divergence.
         lm_weight: weight of the LM term.
-        temperature: of both softmaxes in the KL term, which is multiplied by its square (Hinton et al., 2015).
-        chunk_tokens: tokens whose logits exist at once.
+        divergence: forward, reverse or jsd (:class:`distill.logits.Divergence`).
+        jsd_beta: weight of the teacher in jsd's mixture.
+        temperature: T of both softmaxes in the divergence, which is multiplied by T^2 (Hinton et al., 2015).
+        num_targets: scalar, positions with a label that sums are divided by: those of the whole optimizer step. None:
+            those in ``labels``, which gives means.
+        vocab_group: ranks that share the vocabulary in equal parts, in order: heads are [vocab / ranks, hidden]. All
+            other arguments are equal on its ranks. So are loss, metrics and the gradient of the hidden states, which is
+            summed over the ranks here; the gradient of the head is the shard's.
+        chunk_tokens: most tokens whose logits exist at once; 0: as many as fill ``CHUNK_BYTES`` in each model.
 
     Returns:
-        The loss, and detached means per token in nats: ``kld`` if a teacher is given (tempered as in the loss) and
-        ``lm_loss`` if labels are, whatever their weights.
+        The loss, and detached sums over ``num_targets`` in nats, whatever their weights: ``lm_loss`` and, if a teacher
+        is given, the divergence with T^2 as ``kld``, ``reverse_kld`` or ``jsd``.
     """
-    assert teacher_hidden is not None or kld_weight == 0, "a KL term needs a teacher"
-    assert labels is not None or lm_weight == 0, "an LM term needs labels"
-    teacher = _teacher(teacher_hidden, teacher_head)
-    weights = (kld_weight, lm_weight, temperature)
-    loss, kld, lm_loss = _HeadLosses.apply(student_hidden, student_head, teacher, labels, weights, chunk_tokens)
-    metrics = {}
-    if teacher is not None:
-        metrics["kld"] = kld
-    if labels is not None:
-        metrics["lm_loss"] = lm_loss
-    return loss, metrics
+    teacher = as_teacher(teacher_hidden, teacher_head, teacher_top)
+    assert teacher is not None or kld_weight == 0, "a divergence needs a teacher"
+    assert teacher_top is None or temperature == 1, "the mass of the rest is known at temperature 1 alone"
+    if num_targets is None:
+        num_targets = (labels != IGNORE_INDEX).sum()
+    chunks = Chunks(
+        teacher=teacher,
+        labels=labels,
+        weights=(kld_weight, lm_weight),
+        divergence=Divergence(kind=divergence, beta=jsd_beta, temperature=temperature),
+        num_targets=num_targets,
+        shard=VocabShard(len(student_head), vocab_group),
+        dtype=product_dtype(student_hidden),
+    )
+    train = torch.is_grad_enabled() and max(chunks.weights) > 0
+    loss, divergence_mean, lm_mean = HeadLosses.apply(student_hidden, student_head, chunks, chunk_tokens, train)
+    metrics = {} if teacher is None else {chunks.divergence.metric_name: divergence_mean}
+    return loss, metrics | {"lm_loss": lm_mean}
 
 
 @torch.no_grad()
@@ -89,141 +138,87 @@ def token_metrics(
     teacher_hidden: Tensor | None,
     teacher_head: Tensor | None,
     labels: Tensor,
-    chunk_tokens: int,
+    chunk_tokens: int = 0,
+    *,
+    teacher_top: TopK | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Per-token metrics of a student beside its teacher, chunk by chunk, without gradient.
 
-    Shapes are those of :func:`head_losses`.
+    Arguments are those of :func:`head_losses`.
 
     Returns:
-        fp32 tensors [tokens]: ``lm_loss`` in nats (0 at IGNORE_INDEX) and, if a teacher is given, ``kld`` in nats and
-        ``top1_agreement`` (1 where both put the same token first).
+        fp32 tensors [tokens], 0 at IGNORE_INDEX: ``lm_loss`` in nats and, if a teacher is given, ``kld`` (KL(teacher ||
+        student), in nats), ``top1_agreement`` (1 where both put the same token first) and, unless it is cached,
+        ``teacher_lm_loss``.
     """
-    names = ["lm_loss"] if teacher_hidden is None else ["lm_loss", "kld", "top1_agreement"]
-    metrics = {name: torch.empty(len(labels), dtype=torch.float32, device=student_hidden.device) for name in names}
-    operand = _matmul_operand(student_head, student_hidden)
-    teacher = _teacher(teacher_hidden, teacher_head)
-    for start in range(0, len(labels), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        log_q = _log_softmax(student_hidden[rows], operand)
-        metrics["lm_loss"][rows] = _nll(log_q, labels[rows]).float()
-        if teacher is not None:
-            log_p = _log_softmax(teacher[0][rows], teacher[1])
-            metrics["kld"][rows] = _kld(log_p.exp(), log_p, log_q).float()
-            metrics["top1_agreement"][rows] = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-    return metrics
+    teacher, shard = as_teacher(teacher_hidden, teacher_head, teacher_top), VocabShard(len(student_head), vocab_group)
+    operand = matmul_operand(student_head, student_hidden)
+    parts: dict[str, list[Tensor]] = {}
+    for rows in row_chunks(len(labels), operand, chunk_tokens):
+        student = project(student_hidden[rows], operand)
+        first = shard.argmax(student)
+        found = {}
+        if isinstance(teacher, TopTeacher):
+            outcomes = Outcomes.of(student, teacher.rows(rows), labels[rows], shard)
+            found["kld"], _ = whole_divergence(outcomes.log_p, outcomes.log_q, Divergence())
+            found["top1_agreement"] = first == teacher.first(rows)
+            found["lm_loss"] = outcomes.nll
+        else:
+            log_z, found["lm_loss"], _ = log_z_and_nll(student, labels[rows], shard)
+            if teacher is not None:
+                logits = teacher.logits(rows)
+                teacher_log_z, found["teacher_lm_loss"], _ = log_z_and_nll(logits, labels[rows], shard)
+                found["kld"] = shard.sum(divergence_value(student, logits, (log_z, teacher_log_z), Divergence()))
+                found["top1_agreement"] = first == shard.argmax(logits)
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values.float() * (labels[rows] != IGNORE_INDEX))
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
-class _HeadLosses(torch.autograd.Function):
-    """(loss, kld, lm_loss) of :func:`head_losses`; only the loss is differentiable."""
+class _HiddenDistance(torch.autograd.Function):
+    """Sum of cosine distances, or normalized squared error. Both gradients are ``a * teacher + b * student``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        teacher: tuple[Tensor, Tensor] | None,
-        labels: Tensor | None,
-        weights: tuple[float, float, float],
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kld_weight, lm_weight, temperature = weights
-        num_tokens = len(hidden)
-        operand = _matmul_operand(head, hidden)
-        accumulator = torch.promote_types(operand.dtype, torch.float32)
-        # A tensor: reading the count would wait for the device.
-        num_labels = 1 if labels is None else (labels != IGNORE_INDEX).sum().clamp_min(1).to(accumulator)
-        kld_sum, lm_sum = torch.zeros(2, dtype=accumulator, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=accumulator, device=head.device)
-
-        for start in range(0, num_tokens, chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            log_q = _log_softmax(hidden[rows], operand)
-            grad_logits = None
-            if teacher is not None:
-                log_p = _log_softmax(teacher[0][rows], teacher[1], temperature)
-                kld, grad_logits = _kld_term(log_q, log_p, temperature, kld_weight / num_tokens)
-                kld_sum += kld
-            if labels is not None:
-                lm_sum += _nll(log_q, labels[rows]).sum()
-                if lm_weight > 0:
-                    grad_lm = _nll_gradient(log_q, labels[rows], lm_weight / num_labels)
-                    grad_logits = grad_lm if grad_logits is None else grad_logits + grad_lm
-            if grad_logits is not None:
-                grad_logits = grad_logits.to(operand.dtype)
-                grad_hidden[rows] = grad_logits @ operand
-                grad_head += grad_logits.T @ hidden[rows].to(operand.dtype)
-
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head.dtype
-        kld_mean, lm_mean = kld_sum / num_tokens, lm_sum / num_labels
-        ctx.mark_non_differentiable(kld_mean, lm_mean)
-        return kld_weight * kld_mean + lm_weight * lm_mean, kld_mean, lm_mean
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+        if kind == "mse":
+            error, total = (x.sum() for x in _squares(student, teacher))
+            ctx.save_for_backward(student, teacher, -2 / total, 2 / total)
+            return error / total
+        cosine, by_teacher, by_student = _cosine(student, teacher)
+        ctx.save_for_backward(student, teacher, by_teacher, by_student)
+        return (1 - cosine).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return (grad_hidden * scale.to(grad_hidden.dtype), (grad_head * scale).to(ctx.head_dtype), *[None] * 4)
+        student, teacher, by_teacher, by_student = ctx.saved_tensors
+        return _combination(student, teacher, by_student, by_teacher, grad_outputs[0]), None, None
 
 
-def _kld_term(log_q: Tensor, log_p: Tensor, temperature: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the tempered KL times T^2, and its gradient times ``scale`` with respect to the logits.
-
-    Args:
-        log_q: the student's log-probabilities [tokens, vocab] at temperature 1.
-        log_p: the teacher's at ``temperature``.
-        temperature: T.
-        scale: factor of the gradient.
-    """
-    if temperature != 1:
-        # Log-probabilities differ from logits by a constant per token, which softmax ignores.
-        log_q = (log_q / temperature).log_softmax(-1)
-    p = log_p.exp()
-    gradient = log_q.exp().sub_(p).mul_(scale * temperature)
-    return _kld(p, log_p, log_q).sum() * temperature**2, gradient
+@fused
+def _squares(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms [...] of the difference and of the teacher."""
+    student, teacher = at_least_fp32(student), at_least_fp32(teacher)
+    return (student - teacher).square().sum(-1), teacher.square().sum(-1)
 
 
-def _kld(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) [tokens] of distributions [tokens, vocab]."""
-    return (log_p - log_q).mul_(p).sum(-1)
+@fused
+def _cosine(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine [..., 1], and the factors of teacher and student in the gradient of one minus it."""
+    student, teacher = at_least_fp32(student), at_least_fp32(teacher)
+    dot, student_square, teacher_square = (
+        product.sum(-1, keepdim=True) for product in (student * teacher, student.square(), teacher.square())
+    )
+    tiny = torch.finfo(student.dtype).tiny
+    inverse = student_square.clamp_min(tiny).rsqrt() * teacher_square.clamp_min(tiny).rsqrt()
+    inverse = inverse.where((student_square > 0) & (teacher_square > 0), 0)
+    cosine = dot * inverse
+    return cosine, -inverse, cosine / student_square.clamp_min(tiny)
 
 
-def _nll(log_q: Tensor, labels: Tensor) -> Tensor:
-    """-log q[label] [tokens], 0 at IGNORE_INDEX."""
-    return functional.nll_loss(log_q, labels, ignore_index=IGNORE_INDEX, reduction="none")
-
-
-def _nll_gradient(log_q: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
-    """``scale`` times the gradient of the summed :func:`_nll` with respect to the logits [tokens, vocab]."""
-    gradient = log_q.exp()
-    gradient.scatter_add_(1, labels.clamp_min(0)[:, None], gradient.new_full((len(labels), 1), -1.0))
-    return gradient.mul_(((labels != IGNORE_INDEX) * scale)[:, None])
-
-
-def _matmul_operand(head: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the dtype that matrix products with ``hidden`` run in."""
-    device = hidden.device.type
-    return head.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype)
-
-
-def _teacher(hidden: Tensor | None, head: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Hidden states and head operand of a teacher, if there is one. Neither has a gradient."""
-    assert (hidden is None) == (head is None), "a teacher is hidden states and a head"
-    if hidden is None or head is None:
-        return None
-    return hidden.detach(), _matmul_operand(head.detach(), hidden)
-
-
-def _log_softmax(hidden: Tensor, operand: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [tokens, vocab] in fp32 (fp64 stays), of a product in the operand's dtype."""
-    logits = hidden.to(operand.dtype) @ operand.T
-    if temperature != 1:
-        logits = _at_least_fp32(logits) / temperature
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+@fused
+def _combination(student: Tensor, teacher: Tensor, by_student: Tensor, by_teacher: Tensor, scale: Tensor) -> Tensor:
+    """``scale * (by_student * student + by_teacher * teacher)`` in the student's data type."""
+    total = by_student * at_least_fp32(student) + by_teacher * at_least_fp32(teacher)
+    return (scale * total).to(student.dtype)

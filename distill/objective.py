@@ -2,91 +2,154 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import ObjectiveConfig, require
-from distill.losses import head_losses, hidden_cosine
-from distill.teacher import Teacher
+from distill.data.batch import Batch
+from distill.forward import forward_inputs
+from distill.losses import head_losses, hidden_cosine, hidden_mse
+from distill.teacher import CachedTeacher, Teacher, TeacherSignal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a whole optimizer step counts, over micro-batches and ranks: sums are divided by it."""
+
+    num_positions: int
+    """Tokens: batch_size x seq_len."""
+    num_targets: Tensor
+    """Positions with a label, scalar on the device."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Totals:
+        """Of a step that is ``batch`` alone."""
+        return cls(num_positions=batch.num_positions, num_targets=batch.num_targets())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """``kld * KL(teacher || student) + hidden_cosine * cosine + lm * cross-entropy`` (Puzzle, GKD).
+    """``kld * divergence + hidden_cosine * cosine + hidden_mse * error + lm * cross-entropy`` (Puzzle, GKD).
+
+    Every batch contributes its sum over the totals of the whole step. Contributions of micro-batches and ranks, and
+    their gradients, are added up, never averaged:
+
+    - divergence and cross-entropy: sum over positions with a label / labels of the step;
+    - hidden cosine: mean over student blocks of the sum over all positions / positions of the step;
+    - hidden MSE: mean over student blocks of sum |s - t|^2 / sum |t|^2 over the batch at hand, times its share of the
+      step's positions. The ratio over the whole step would need the teacher's norm before the first backward pass.
 
     Raises:
-        ValueError: a term needs a teacher and there is none.
+        ValueError: a term needs a teacher and there is none, or a cache is asked for what it does not hold.
     """
 
     config: ObjectiveConfig
-    teacher: Teacher | None = None
+    teacher: Teacher | CachedTeacher | None = None
     layer_map: tuple[int, ...] = ()
     """Teacher block that each student block is paired with: the last one that it stands for. The last blocks must be
     paired with each other, because only their outputs are reported after the final norm."""
 
     def __post_init__(self) -> None:
+        config = self.config
+        terms = f"objective.kld={config.kld}, hidden_cosine={config.hidden_cosine}, hidden_mse={config.hidden_mse}"
         require(
-            self.teacher is not None or not self.config.needs_teacher,
-            f"objective.kld={self.config.kld} and objective.hidden_cosine={self.config.hidden_cosine} need a teacher; "
-            "give one, or set both to 0",
+            self.teacher is not None or not config.needs_teacher,
+            f"{terms} need a teacher; give one, or set them to 0",
         )
-        if self.teacher is not None and self.config.hidden_cosine > 0:
+        if isinstance(self.teacher, CachedTeacher):
+            require(
+                not config.compares_hidden,
+                f"{terms}: hidden states are not cached; set the last two to 0, or let the teacher run",
+            )
+            require(
+                config.temperature == 1,
+                f"objective.temperature={config.temperature}, but a cache holds probabilities at temperature 1, of the "
+                "likeliest tokens alone; set it to 1, or let the teacher run",
+            )
+        elif self.teacher is not None and config.compares_hidden:
             last = self.teacher.num_blocks - 1
-            assert self.layer_map, "the hidden cosine pairs every student block with one of the teacher"
-            assert all((block == last) == (i == len(self.layer_map) - 1) for i, block in enumerate(self.layer_map))
+            assert self.layer_map, "hidden terms pair every student block with one of the teacher"
+            assert self.layer_map[-1] == last, f"the last student block is paired with {self.layer_map[-1]}, not {last}"
 
-    def __call__(self, model: nn.Module, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and detached metrics on one batch.
-
-        The KL and LM terms are means over the positions that have a next token, the cosine over all positions. Every
-        sequence weighs the same, so a batch's loss is the mean of its micro-batches' losses weighted by sequences.
+    def __call__(
+        self, model: nn.Module, batch: Batch, totals: Totals | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Contribution of one batch, or of one rank's part of its sequences, to the loss of an optimizer step.
 
         Args:
             model: the student, with the Hugging Face surface.
-            input_ids: [batch, seq].
+            batch: on the model's device.
+            totals: of the whole step; None: the batch is the whole step.
 
         Returns:
-            The loss and ``loss``, ``kld``, ``hidden_cosine`` and ``lm_loss`` (those that were computed), on the device.
+            The loss and, detached, the same contributions to ``loss``, ``kld`` (or ``reverse_kld``, ``jsd``),
+            ``hidden_cosine``, ``hidden_mse`` and ``lm_loss`` (those that were computed), on the device.
         """
-        use_cosine = self.config.hidden_cosine > 0
+        totals = totals or Totals.of(batch)
+        compares_hidden = self.config.compares_hidden
         signal = None
         if self.teacher is not None and self.config.needs_teacher:
-            signal = self.teacher.signal(input_ids, self.layer_map if use_cosine else ())
-        outputs = model.model(input_ids, output_hidden_states=use_cosine, use_cache=False)
+            signal = self.teacher.start(batch, self.layer_map if compares_hidden else ())
+        outputs = model.model(
+            batch.input_ids,
+            **forward_inputs(batch, model),
+            output_hidden_states=compares_hidden,
+            use_cache=False,
+        )
+        taught = None if signal is None else signal()
 
-        loss = torch.zeros((), device=input_ids.device)
+        loss = torch.zeros((), device=batch.input_ids.device)
         metrics: dict[str, Tensor] = {}
-        if signal is not None and use_cosine:
-            pairs = zip(outputs.hidden_states[1:], self.layer_map, strict=True)
-            distances = [hidden_cosine(student, signal.blocks[block]) for student, block in pairs]
-            cosine = torch.stack(distances).mean()
-            loss = loss + self.config.hidden_cosine * cosine
-            metrics["hidden_cosine"] = cosine.detach()
+        if taught is not None and compares_hidden:
+            loss, metrics = self._hidden_terms(outputs.hidden_states[1:], taught, totals)
         if self.config.kld > 0 or self.config.lm > 0:
-            taught = signal if self.config.kld > 0 else None
-            head_loss, head_metrics = head_losses(
-                next_token_hidden(outputs.last_hidden_state),
-                model.get_output_embeddings().weight,
-                teacher_hidden=None if taught is None else next_token_hidden(taught.hidden),
-                teacher_head=None if taught is None else taught.head,
-                labels=next_token_labels(input_ids),
-                kld_weight=self.config.kld,
-                lm_weight=self.config.lm,
-                temperature=self.config.temperature,
-                chunk_tokens=self.config.chunk_tokens,
-            )
-            loss = loss + head_loss
-            metrics |= head_metrics
+            head = model.get_output_embeddings().weight
+            head_loss, head_metrics = self._head_terms(outputs.last_hidden_state, head, batch, taught, totals)
+            loss, metrics = loss + head_loss, metrics | head_metrics
         return loss, {"loss": loss.detach(), **metrics}
 
+    def _hidden_terms(
+        self, blocks: Sequence[Tensor], taught: TeacherSignal, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = [(block, taught.blocks[index]) for block, index in zip(blocks, self.layer_map, strict=True)]
+        terms = {}
+        if self.config.hidden_cosine > 0:
+            distances = [hidden_cosine(*pair, totals.num_positions) for pair in pairs]
+            terms["hidden_cosine"] = torch.stack(distances).mean()
+        if self.config.hidden_mse > 0:
+            share = blocks[0][..., 0].numel() / totals.num_positions
+            terms["hidden_mse"] = torch.stack([hidden_mse(*pair) for pair in pairs]).mean() * share
+        loss = torch.stack([getattr(self.config, name) * term for name, term in terms.items()]).sum()
+        return loss, {name: term.detach() for name, term in terms.items()}
 
-def next_token_hidden(hidden: Tensor) -> Tensor:
-    """[batch, seq, hidden] -> [batch * (seq - 1), hidden]: the positions that have a next token."""
-    return hidden[:, :-1].flatten(0, 1)
+    def _head_terms(
+        self, hidden: Tensor, head: Tensor, batch: Batch, taught: TeacherSignal | None, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        signals = {}
+        if taught is not None and self.config.kld > 0:
+            signals = teacher_arguments(taught)
+        return head_losses(
+            hidden.flatten(0, 1),
+            head,
+            labels=batch.labels.flatten(),
+            **signals,
+            kld_weight=self.config.kld,
+            lm_weight=self.config.lm,
+            divergence=self.config.divergence,
+            jsd_beta=self.config.jsd_beta,
+            temperature=self.config.temperature,
+            num_targets=totals.num_targets,
+            chunk_tokens=self.config.chunk_tokens,
+        )
 
 
-def next_token_labels(input_ids: Tensor) -> Tensor:
-    """[batch, seq] -> [batch * (seq - 1)]: the token after each of those positions."""
-    return input_ids[:, 1:].flatten()
+def teacher_arguments(signal: TeacherSignal) -> dict[str, Any]:
+    """A teacher's signal as arguments of :func:`distill.losses.head_losses` and ``token_metrics``."""
+    if signal.top is not None:
+        return {"teacher_top": (signal.top.token_ids.flatten(0, 1), signal.top.log_probs.flatten(0, 1))}
+    assert signal.hidden is not None
+    return {"teacher_hidden": signal.hidden.flatten(0, 1), "teacher_head": signal.head}

@@ -1,8 +1,11 @@
 """Resume points: the private state from which an interrupted training run goes on.
 
-A resume point is a directory ``step_<n>`` that appears by one rename and never changes: safetensors files, JSON, and
-the commit marker ``commit.json`` with the size and checksum of each. A kill at any moment leaves whole points and, at
-worst, a ``step_<n>.tmp`` that is never read. Nothing is unpickled.
+A resume point is a directory ``step_<n>`` that appears by one rename and never changes: files of state, JSON, and the
+commit marker ``commit.json`` with the size and checksum of each. A kill at any moment leaves whole points and, at
+worst, a ``step_<n>.tmp`` that is never read.
+
+A point belongs to one process (:func:`save`, :func:`latest`) or to all that work together (:func:`save_together`,
+:func:`latest_together`), which then share the directory and deal out the checksums among them.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 
+from distill import distributed
 from distill.engine.base import TensorGroups
 
 NUM_KEPT = 2
@@ -38,63 +45,167 @@ class ResumePoint:
     """JSON values."""
 
     def tensors(self) -> TensorGroups:
-        """The tensors that were saved, on the CPU."""
+        """The tensors of :func:`save`, on the CPU."""
         return {path.stem: load_file(path) for path in sorted(self.directory.glob("*.safetensors"))}
 
 
 def save(directory: Path, step: int, *, tensors: TensorGroups, state: dict[str, Any]) -> Path:
-    """Commit the resume point of ``step`` and remove all but the last :data:`NUM_KEPT` up to it.
+    """Commit this process's own resume point of ``step``.
+
+    All but the last :data:`NUM_KEPT` points up to it are removed.
+
+    Args:
+        directory: private directory of this process's run.
+        step: optimizer steps done.
+        tensors: come back from :meth:`ResumePoint.tensors`.
+        state: JSON values.
 
     Raises:
         ValueError: it could not be written, for example to a full disk. Earlier points stay as they were.
     """
-    final = _point_directory(directory, step)
-    partial = final.with_name(f"{final.name}.tmp")
-    try:
-        for leftover in directory.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
-        _write(partial, tensors, state)
-        if final.exists():  # Only a damaged point is written again.
-            shutil.rmtree(final)
-        partial.rename(final)
-        _fsync(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = [path.name for path in _points(directory).values()]
-        raise ValueError(
-            f"{final.name} could not be written to {directory}: {error}; make room and run again to go on from "
-            f"{kept[-1] if kept else 'the start'}"
-        ) from error
-    _remove_all_but_last(directory, step)
+
+    def write(partial: Path) -> None:
+        for group, named in tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{group}.safetensors")
+
+    final, partial = _places(directory, step)
+    with _explained(directory, step):
+        _start(partial)
+        write(partial)
+        _write_state(partial, state)
+        _commit(partial, final, [_described(path) for path in _files(partial)])
+    return final
+
+
+def save_together(directory: Path, step: int, *, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+    """Commit a resume point of all processes, as :func:`save`; every process calls it.
+
+    Args:
+        directory: private directory of the run, on a file system that all processes share.
+        step: optimizer steps done.
+        write: called in every process with an existing directory, to write files that no other one writes.
+        state: JSON values, of the first process.
+
+    Raises:
+        ValueError: as :func:`save`, in the process that could not write.
+    """
+    final, partial = _places(directory, step)
+    with _explained(directory, step):
+        if distributed.is_main():
+            _start(partial)
+        distributed.barrier()
+        write(partial)
+        if distributed.is_main():
+            _write_state(partial, state)
+        distributed.barrier()
+        described = [_described(path) for path in _own_share(_files(partial))]
+        files = sorted(entry for entries in distributed.gather_objects(described) for entry in entries)
+        if distributed.is_main():
+            _commit(partial, final, files)
+        distributed.barrier()
     return final
 
 
 def latest(directory: Path) -> ResumePoint | None:
     """The newest whole resume point in ``directory``; damaged ones are passed over with a warning."""
     for step, path in reversed(_points(directory).items()):
-        damage = _damage(path)
-        if damage is None:
-            return ResumePoint(directory=path, step=step, state=json.loads((path / _STATE).read_text()))
-        warnings.warn(f"resume point {path} is damaged and not used: {damage}", RuntimeWarning, stacklevel=2)
+        if (point := _whole(path, step, _damage(path))) is not None:
+            return point
     return None
 
 
-def _write(partial: Path, tensors: TensorGroups, state: dict[str, Any]) -> None:
-    partial.mkdir(parents=True)
-    for group, named in tensors.items():
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{group}.safetensors")
-    (partial / _STATE).write_text(json.dumps(state))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
-    (partial / _MARKER).write_text(json.dumps({"files": files}, indent=1))
-    for path in (*partial.iterdir(), partial):
-        _fsync(path)
+def latest_together(directory: Path) -> ResumePoint | None:
+    """As :func:`latest`, the same point in every process; every process calls it."""
+    # What one process sees of a shared directory, all others may see later.
+    points = distributed.gather_objects(list(_points(directory).items()))[0]
+    for step, path in reversed(points):
+        damages = distributed.gather_objects(_damage(path, own_share=True))
+        if (point := _whole(path, step, next((damage for damage in damages if damage), None))) is not None:
+            return point
+    return None
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a resume point, or None."""
+def _whole(path: Path, step: int, damage: str | None) -> ResumePoint | None:
+    if damage is None:
+        return ResumePoint(directory=path, step=step, state=json.loads((path / _STATE).read_text()))
+    warnings.warn(f"resume point {path} is damaged and not used: {damage}", RuntimeWarning, stacklevel=3)
+    return None
+
+
+def _places(directory: Path, step: int) -> tuple[Path, Path]:
+    """Where the point of ``step`` is to stand, and where it is written first."""
+    final = _point_directory(directory, step)
+    return final, final.with_name(f"{final.name}.tmp")
+
+
+@contextmanager
+def _explained(directory: Path, step: int) -> Iterator[None]:
+    """Turn a failure to write the point of ``step`` into one line that says where the run can go on."""
+    final, partial = _places(directory, step)
     try:
-        files = json.loads((path / _MARKER).read_text())["files"]
-        for name, expected in files.items():
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = [path.name for path in _points(directory).values()]
+        raise ValueError(
+            f"{final.name} could not be written to {directory}: {_first_line(error)}; make room and run again to go on "
+            f"from {kept[-1] if kept else 'the start'}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong; of a failure in several processes, in the first of them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _start(partial: Path) -> None:
+    """Make the directory that the point is written in; leftovers of kills go."""
+    for leftover in partial.parent.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _write_state(partial: Path, state: dict[str, Any]) -> None:
+    (partial / _STATE).write_text(json.dumps(state))
+
+
+def _commit(partial: Path, final: Path, files: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Write the marker over the files that are described, and have the point appear."""
+    (partial / _MARKER).write_text(json.dumps({"files": dict(files)}, indent=1))
+    _fsync(partial / _MARKER)
+    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _fsync(path)
+    if final.exists():  # Only a damaged point is written again.
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
+    _remove_all_but_last(final.parent, int(final.name.removeprefix("step_")))
+
+
+def _files(point: Path) -> list[Path]:
+    """All files of a point but the marker, at any depth."""
+    return sorted(path for path in point.rglob("*") if path.is_file() and path != point / _MARKER)
+
+
+def _own_share(files: Sequence[Any]) -> Sequence[Any]:
+    """What this process reads to compute checksums, so that all files are read by one."""
+    return files[distributed.rank() :: distributed.world_size()]
+
+
+def _described(path: Path) -> tuple[str, dict[str, Any]]:
+    """Name within the point, and size and checksum, of a file that is on disk from then on."""
+    _fsync(path)
+    point = next(parent for parent in path.parents if parent.name.startswith("step_"))
+    return str(path.relative_to(point)), {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _damage(path: Path, *, own_share: bool = False) -> str | None:
+    """What is wrong with a resume point, or with this process's share of its files; or None."""
+    try:
+        files = list(json.loads((path / _MARKER).read_text())["files"].items())
+        for name, expected in _own_share(files) if own_share else files:
             num_bytes = (path / name).stat().st_size
             if num_bytes != expected["bytes"]:
                 return f"{name} has {num_bytes} bytes, not {expected['bytes']}"

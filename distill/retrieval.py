@@ -1,8 +1,8 @@
 """What a model still does at a context length, without a download: finding things far back, and predicting long text.
 
-Retrieval is a single needle in a haystack in the manner of RULER (arXiv 2404.06654), scored by ranking instead of
-generation, so that base models and small vocabularies can be asked too. Every value is one token: one forward ranks
-all candidates.
+Retrieval is needles in a haystack in the manner of RULER (arXiv 2404.06654): a single needle, one among needles of
+other keys, and several values of one key. It is scored by ranking instead of generation, so that base models and small
+vocabularies can be asked too. Every value is one token: one forward ranks all candidates.
 """
 
 from __future__ import annotations
@@ -21,9 +21,37 @@ from distill.data.tokenizer import load_tokenizer
 from distill.evaluate import evaluate_model
 
 NUM_CANDIDATES = 16
-"""Values that a question ranks; a model that ignores the needle is right in one of so many."""
+"""A true value is ranked among so many, itself included; a model that ignores the needles puts it first in one of so
+many questions."""
 
-LENGTH_COLUMNS = ("lm_loss", "retrieval_accuracy_frac")
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalTask:
+    """What is hidden in one text. The first key is asked for, the others distract."""
+
+    name: str
+    num_keys: int
+    values_per_key: int
+
+    @property
+    def num_needles(self) -> int:
+        """Needles in one text: each says one value of one key."""
+        return self.num_keys * self.values_per_key
+
+    @property
+    def column(self) -> str:
+        """Name of its accuracy in evaluations."""
+        return "retrieval_accuracy_frac" if self == SINGLE else f"{self.name}_accuracy_frac"
+
+
+SINGLE = RetrievalTask(name="single", num_keys=1, values_per_key=1)
+TASKS = (
+    SINGLE,
+    RetrievalTask(name="multi_key", num_keys=4, values_per_key=1),
+    RetrievalTask(name="multi_value", num_keys=1, values_per_key=4),
+)
+
+LENGTH_COLUMNS = ("lm_loss", *(task.column for task in TASKS))
 
 _NUM_WORDS = 256
 """Values are drawn from so many words of the vocabulary."""
@@ -33,42 +61,58 @@ _CUE, _END = "\nThe secret word of {key} is", ".\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Needles:
-    """Questions of one context length."""
+    """Questions of one task at one context length."""
 
     input_ids: Tensor
-    """int64 [num_needles, length]: text, the needle within it, and the cue of the needle again at the end."""
+    """int64 [num_questions, length]: text, the needles within it, and the cue of the first key again at the end."""
     candidates: Tensor
-    """int64 [num_needles, NUM_CANDIDATES]: values that could come next; column 0 is the true one."""
+    """int64 [num_questions, num_true + NUM_CANDIDATES - 1]: values that could come next, the true ones first, then
+    those of other keys, then words that are not hidden."""
+    num_true: int
 
 
-def make_needles(dataset: TokenDataset, *, length: int, num_needles: int, seed: int) -> Needles:
-    """Hide one key and its value in each of ``num_needles`` stretches of the validation split.
+def make_needles(
+    dataset: TokenDataset, *, length: int, num_needles: int, seed: int, task: RetrievalTask = SINGLE
+) -> Needles:
+    """Questions of ``task``, each in a stretch of the validation split.
 
-    ``length`` is in tokens, question and needle included. Depths run evenly from the beginning to the end of the text.
-    Deterministic in ``seed``. Raises ``ValueError`` where ``length`` leaves no room for text, or the validation split
-    is shorter.
+    The first needle's depths run evenly from the beginning to the end of the text, the others' are random.
+    Deterministic in the arguments.
+
+    Args:
+        dataset: whose validation split hides the needles.
+        length: tokens of one question, needles and cue included.
+        num_needles: questions.
+        seed: of everything random.
+        task: what is hidden.
+
+    Raises:
+        ValueError: ``length`` leaves no room for text, or the validation split is shorter.
     """
     tokenizer = load_tokenizer(dataset.directory)
     words = _word_tokens(tokenizer)
     split = dataset.split("validation")
-    rng = random.Random(f"{seed} {length}")
+    rng = random.Random(f"{seed} {length} {task.name}")
     input_ids, candidates = [], []
     for number in range(num_needles):
-        key = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4))
-        values = rng.sample(words, NUM_CANDIDATES)
-        cue = tokenizer.encode(_CUE.format(key=key), add_special_tokens=False)
-        needle = [*cue, values[0], *tokenizer.encode(_END, add_special_tokens=False)]
-        num_question_tokens = len(needle) + len(cue)
+        values = rng.sample(words, task.values_per_key + NUM_CANDIDATES - 1)
+        cues = [_encode(tokenizer, _CUE.format(key=_key(rng))) for _ in range(task.num_keys)]
+        hidden = [
+            [*cues[index // task.values_per_key], value, *_encode(tokenizer, _END)]
+            for index, value in enumerate(values[: task.num_needles])
+        ]
+        num_question_tokens = sum(map(len, hidden)) + len(cues[0])
         require(
             length > num_question_tokens,
-            f"evaluate.lengths has {length}, and a retrieval question alone takes {num_question_tokens} tokens; "
-            "use lengths of 128 or more",
+            f"evaluate.lengths has {length}, and a retrieval question ({task.name}) alone takes {num_question_tokens} "
+            "tokens; use lengths of 128 or more",
         )
         text = _stretch(split, length - num_question_tokens, rng)
-        depth = round(len(text) * number / max(1, num_needles - 1))
-        input_ids.append([*text[:depth], *needle, *text[depth:], *cue])
+        depths = [round(len(text) * number / max(1, num_needles - 1))]
+        depths += [rng.randrange(len(text) + 1) for _ in hidden[1:]]
+        input_ids.append([*_insert(text, hidden, depths), *cues[0]])
         candidates.append(values)
-    return Needles(input_ids=torch.tensor(input_ids), candidates=torch.tensor(candidates))
+    return Needles(input_ids=torch.tensor(input_ids), candidates=torch.tensor(candidates), num_true=task.values_per_key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,48 +121,90 @@ class LengthProbe:
 
     sequences: Tensor
     """int64 [num_sequences, length]"""
-    needles: Needles
+    needles: dict[str, Needles | None]
+    """By column; None where a question is longer than the context."""
     batch_size: int
     """Sequences per forward."""
 
-    def measure(self, model: PreTrainedModel, *, chunk_tokens: int) -> dict[str, float]:
-        """``LENGTH_COLUMNS`` of one model: LM loss in nats per token, and share of needles found."""
+    def measure(self, model: PreTrainedModel, *, chunk_tokens: int) -> dict[str, float | None]:
+        """``LENGTH_COLUMNS`` of one model: LM loss in nats per token, and shares of values found, task by task."""
         quality = evaluate_model(model, self.sequences, batch_size=self.batch_size, chunk_tokens=chunk_tokens)
-        retrieval = retrieval_accuracy(model, self.needles, batch_size=self.batch_size)
-        return dict(zip(LENGTH_COLUMNS, (quality["lm_loss"], retrieval["accuracy_frac"]), strict=True))
+        measured: dict[str, float | None] = {"lm_loss": quality["lm_loss"]}
+        for column, needles in self.needles.items():
+            measured[column] = None
+            if needles is not None:
+                found = retrieval_accuracy(model, needles, batch_size=self.batch_size)
+                measured[column] = found["accuracy_frac"]
+        return measured
 
 
 def make_probe(dataset: TokenDataset, config: EvaluateConfig, *, length: int, seed: int) -> LengthProbe:
     """Sequences and needles of ``length`` tokens: as many tokens in all, and in a batch, as the main evaluation has.
 
-    Raises ``ValueError`` where the validation split is too short.
+    Tasks of several needles are left out where ``length`` is too short for their questions.
+
+    Raises:
+        ValueError: the validation split is too short, or ``length`` is too short for a single needle.
     """
     num_sequences = max(1, config.num_sequences * config.seq_len // length)
+    sequences = dataset.split("validation").first(num_sequences, length)
+    needles: dict[str, Needles | None] = {}
+    for task in TASKS:
+        options = {"length": length, "num_needles": config.num_needles, "seed": seed}
+        fits = task == SINGLE or length > _most_question_tokens(dataset, task)
+        needles[task.column] = make_needles(dataset, **options, task=task) if fits else None
     return LengthProbe(
-        sequences=dataset.split("validation").first(num_sequences, length),
-        needles=make_needles(dataset, length=length, num_needles=config.num_needles, seed=seed),
+        sequences=sequences,
+        needles=needles,
         batch_size=max(1, config.batch_size * config.seq_len // length),
     )
 
 
 @torch.no_grad()
 def retrieval_accuracy(model: PreTrainedModel, needles: Needles, *, batch_size: int) -> dict[str, float]:
-    """Share of needles whose true value the model gives a lower loss than every other candidate.
+    """Share of true values that the model gives a lower loss than every candidate that is not true.
 
     Returns ``accuracy_frac``, and the ``chance_frac`` of a model that cannot look back.
     """
     head = model.get_output_embeddings().weight
-    num_needles, length = needles.input_ids.shape
-    num_right = 0
-    for start in tqdm(range(0, num_needles, batch_size), desc=f"retrieval {length}", unit="batch", leave=False):
+    num_questions, length = needles.input_ids.shape
+    num_found = 0
+    for start in tqdm(range(0, num_questions, batch_size), desc=f"retrieval {length}", unit="batch", leave=False):
         rows = slice(start, start + batch_size)
         hidden = model.model(needles.input_ids[rows].to(head.device), use_cache=False).last_hidden_state[:, -1]
         # Candidates alone, in fp32: bf16 logits of likely words are often equal.
         candidate_rows = head[needles.candidates[rows].to(head.device)].float()
         scores = torch.einsum("bh,bch->bc", hidden.float(), candidate_rows)
+        true, others = scores[:, : needles.num_true], scores[:, needles.num_true :]
         # Strictly better: a model that gives every candidate the same score has found nothing.
-        num_right += int((scores[:, :1] > scores[:, 1:]).all(dim=1).sum())
-    return {"accuracy_frac": num_right / num_needles, "chance_frac": 1 / NUM_CANDIDATES}
+        num_found += int((true > others.amax(dim=1, keepdim=True)).sum())
+    return {"accuracy_frac": num_found / (num_questions * needles.num_true), "chance_frac": 1 / NUM_CANDIDATES}
+
+
+def _key(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4))
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _insert(text: list[int], needles: list[list[int]], depths: list[int]) -> list[int]:
+    """``text`` with every needle before the token at its depth."""
+    result: list[int] = []
+    start = 0
+    for depth, needle in sorted(zip(depths, needles, strict=True), key=lambda pair: pair[0]):
+        result += [*text[start:depth], *needle]
+        start = depth
+    return [*result, *text[start:]]
+
+
+def _most_question_tokens(dataset: TokenDataset, task: RetrievalTask) -> int:
+    """Tokens that needles and cue take at most, however badly the tokenizer splits their keys: one per character."""
+    tokenizer = load_tokenizer(dataset.directory)
+    key_chars = len(_key(random.Random(0)))
+    cue = len(_encode(tokenizer, _CUE.format(key=""))) + key_chars + 1
+    return task.num_needles * (cue + 1 + len(_encode(tokenizer, _END))) + cue
 
 
 def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -131,9 +217,10 @@ def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     words = [index for index, text in texts.items() if text.isascii() and text.strip().isalnum()]
     # A leading space first: it makes natural text after the cue, and no pair of the same word with and without one.
     words.sort(key=lambda index: (-min(4, len(texts[index].strip())), not texts[index].startswith(" ")))
+    num_needed = max(task.values_per_key for task in TASKS) + NUM_CANDIDATES - 1
     require(
-        len(words) >= NUM_CANDIDATES,
-        f"retrieval needs {NUM_CANDIDATES} tokens that are letters or words, the tokenizer in "
+        len(words) >= num_needed,
+        f"retrieval needs {num_needed} tokens that are letters or words, the tokenizer in "
         f"{tokenizer.name_or_path} has {len(words)}; leave evaluate.lengths empty",
     )
     return words[:_NUM_WORDS]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill import resume
-from distill.config import EngineConfig, OptimConfig, TrainConfig
-from distill.engine.base import Engine, create_engine
+from distill.config import OptimConfig, TrainConfig
+from distill.data.batch import Batch
+from distill.engine.base import Engine
 from distill.metrics import Row, StepMeter
-from distill.objective import Objective
 from distill.optim import learning_rate
 from distill.tracking import Tracker
 
@@ -25,10 +25,14 @@ FLUSH_EVERY_STEPS = 10
 
 
 class BatchSource(Protocol):
-    """Batches as a pure function of the step, so that a resumed run sees the same data."""
+    """Batches as a pure function of the step, so that a resumed run sees the same data at any number of ranks."""
 
-    def batch(self, step: int) -> Tensor:
-        """Token ids [batch, seq] of optimizer step ``step``."""
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of one epoch."""
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        """Data rank ``rank``'s equal share, in order, of the sequences of optimizer step ``step``, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,50 +56,47 @@ class TrainResult:
 
 
 def train(
+    engine: Engine,
     *,
-    model: nn.Module,
-    objective: Objective,
     batches: BatchSource,
     train: TrainConfig,
     optim: OptimConfig,
-    engine: EngineConfig,
     seed: int,
     resume_dir: Path,
-    tracker: Tracker,
-    evaluate: Callable[[], dict[str, float]] | None,
+    tracker: Tracker | None,
+    held_out: Tensor | None,
     tokens_before: int = 0,
     desc: str,
 ) -> TrainResult:
-    """Train ``model`` in place until the token budget is spent, going on from the newest resume point if there is one.
+    """Train until the token budget is spent, going on from the newest resume point if there is one.
 
-    A finished run leaves a last resume point, so calling this again returns the same result without a step.
+    Every process calls it. A finished run leaves a last resume point, so calling this again returns the same result
+    without a step.
 
     Args:
-        model: student with fp32 parameters.
-        objective: loss of one micro-batch.
+        engine: holds the student, and whatever it is compared with.
         batches: batches of ``train.batch_size`` sequences of ``train.seq_len``.
         train: budget and cadence.
-        optim: optimizer and learning rate.
-        engine: engine, device, precision.
-        seed: of torch's generators at the first step.
-        resume_dir: private directory of this run's resume points.
-        tracker: receives every row, those of the resume point included.
-        evaluate: held-out metrics of the model as it stands; called at the start, every ``train.eval_every_tokens`` and
-            at the end, in eval mode and the engine's precision.
+        optim: learning rate.
+        seed: of torch's generators at the first step, on data rank 0; the others' follow it.
+        resume_dir: private directory of this run's resume points, which all processes share.
+        tracker: receives every row, those of the resume point included; in the first process, None in the others.
+        held_out: token ids [num_sequences, seq] that the student is evaluated on at the start, every
+            ``train.eval_every_tokens`` and at the end; None: never.
         tokens_before: tokens of earlier phases, added to the curve's x.
         desc: label of the progress bar and of errors.
 
     Raises:
         ValueError: a metric is not finite, or a resume point could not be written.
     """
-    torch.manual_seed(seed)
-    runner = create_engine(model=model, objective=objective, optim=optim, engine=engine)
+    torch.manual_seed(seed + engine.data_rank)
     run = _Run(
-        runner=runner,
+        engine=engine,
+        batches=batches,
         train=train,
         resume_dir=resume_dir,
         tracker=tracker,
-        evaluate=evaluate,
+        held_out=held_out,
         tokens_before=tokens_before,
         desc=desc,
     )
@@ -111,7 +112,8 @@ def train(
         for step in range(first_step, train.num_steps):
             tokens = (step + 1) * train.tokens_per_step
             lr = learning_rate(optim, min(1.0, tokens / train.max_tokens))
-            run.meter.add(runner.step(batches.batch(step), lr=lr), tokens=tokens_before + tokens, lr=lr)
+            metrics = engine.step(batches.batch(step, engine.data_rank, engine.num_data_ranks), lr=lr)
+            run.meter.add(metrics, tokens=tokens_before + tokens, lr=lr)
             bar.update(train.tokens_per_step)
             run.after_step(step + 1, bar)
     return TrainResult(tokens=train.num_steps * train.tokens_per_step, metrics=_last_values(run.curve), curve=run.curve)
@@ -123,34 +125,37 @@ class _Run:
     def __init__(
         self,
         *,
-        runner: Engine,
+        engine: Engine,
+        batches: BatchSource,
         train: TrainConfig,
         resume_dir: Path,
-        tracker: Tracker,
-        evaluate: Callable[[], dict[str, float]] | None,
+        tracker: Tracker | None,
+        held_out: Tensor | None,
         tokens_before: int,
         desc: str,
     ) -> None:
-        self.meter = StepMeter(runner.device, tokens_per_step=train.tokens_per_step)
+        self.meter = StepMeter(engine.device, tokens_per_step=train.tokens_per_step)
         self.curve: list[Row] = []
-        self._runner = runner
+        self._engine = engine
+        self._batches = batches
         self._train = train
         self._resume_dir = resume_dir
         self._tracker = tracker
-        self._evaluate = evaluate
+        self._held_out = held_out
         self._tokens_before = tokens_before
         self._desc = desc
         self._last_point: Path | None = None
 
     def start(self) -> int:
         """Restore the newest resume point, or evaluate the model as it comes. Returns the first step to run."""
-        point = resume.latest(self._resume_dir)
+        point = resume.latest_together(self._resume_dir)
         if point is None:
             self._add_evaluation(step=0)
         else:
-            self._runner.load_state_dict(point.tensors())
+            self._engine.load(point.directory)
             self.curve = point.state["curve"]
-            self._tracker.restore(self.curve)
+            if self._tracker is not None:
+                self._tracker.restore(self.curve)
             self._last_point = point.directory
         self.meter.restart()
         return 0 if point is None else point.step
@@ -173,32 +178,39 @@ class _Run:
 
     def _add_steps(self, rows: list[Row], num_steps_done: int) -> None:
         for step, row in enumerate(rows, start=num_steps_done - len(rows) + 1):
-            self._add(row, step)
+            self._add(row, step, read=self._position(step - 1))
 
     def _add_evaluation(self, *, step: int) -> None:
-        if self._evaluate is None:
+        if self._held_out is None:
             return
-        with self._runner.evaluation():
-            metrics = self._evaluate()
+        metrics = self._engine.evaluate(self._held_out)
         tokens = self._tokens_before + step * self._train.tokens_per_step
-        self._add({"tokens": tokens, **{f"eval/{name}": value for name, value in metrics.items()}}, step)
+        row = {"tokens": tokens, **{f"eval/{name}": value for name, value in metrics.items()}}
+        self._add(row, step, read="held-out sequences")
 
-    def _add(self, row: Row, step: int) -> None:
+    def _add(self, row: Row, step: int, *, read: str) -> None:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise ValueError(
-                    f"{self._desc}: {name} is {value} at step {step} ({row['tokens']:,} tokens); last good resume "
-                    f"point: {self._last_point or 'none'}; lower optim.lr, or look at the weights that it started from"
+                    f"{self._desc}: {name} is {value} at step {step} ({row['tokens']:,} tokens), on {read}; last good "
+                    f"resume point: {self._last_point or 'none'}; lower optim.lr, or look at that data and at the "
+                    "weights that it started from"
                 )
         self.curve.append(row)
-        self._tracker.log(row)
+        if self._tracker is not None:
+            self._tracker.log(row)
+
+    def _position(self, step: int) -> str:
+        """Where the sequences of step number ``step``, from 0, stand in the data."""
+        epoch, offset = divmod(step * self._train.batch_size, self._batches.num_sequences)
+        return f"the {self._train.batch_size} sequences from number {offset} of epoch {epoch}"
 
     def _save(self, num_steps_done: int) -> None:
         tokens = num_steps_done * self._train.tokens_per_step
-        self._last_point = resume.save(
+        self._last_point = resume.save_together(
             self._resume_dir,
             num_steps_done,
-            tensors=self._runner.state_dict(),
+            write=self._engine.save,
             state={"step": num_steps_done, "tokens": tokens, "curve": self.curve},
         )
 

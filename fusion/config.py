@@ -161,6 +161,10 @@ class GroupDistillationConfig:
             self.sequential_weight >= 0,
             f"group_distillation.sequential_weight must be >= 0, got {self.sequential_weight}",
         )
+        require(
+            not self.train.separate_documents,
+            "group_distillation.train.separate_documents=true, but groups learn on whole sequences; set it to false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

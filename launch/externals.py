@@ -262,6 +262,9 @@ def _file_signature(file: Path) -> str:
 
 
 def _text_source(source: SourceConfig) -> dict[str, Any]:
+    if source.kind == "generated":
+        # An input of the stage, whose fingerprint says what it is.
+        return {"kind": source.kind}
     if source.kind == "python_stdlib":
         return {"kind": source.kind, **_stdlib_signature()}
     if source.kind == "text":

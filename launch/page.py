@@ -94,9 +94,9 @@ def _quality_against_latency(report: Mapping[str, Any]) -> Iterator[Picture]:
 
 def _recovery(run: FinishedRun) -> Iterator[Picture]:
     trained = {step: artifact for step, artifact in run.steps.items() if artifact.manifest.stage in TRAINING_STAGES}
-    metrics = ("eval/kld", "eval/lm_loss")
+    metrics = ("eval/kld", "eval/lm_loss", "eval/top1_agreement_frac")
     curves = [curve for step, a in trained.items() for curve in read_curves(a.path / "metrics.jsonl", step, metrics)]
-    kld, lm_loss = ([curve for curve in curves if curve.metric == metric] for metric in metrics)
+    kld, lm_loss, top1 = ([curve for curve in curves if curve.metric == metric] for metric in metrics)
     if kld:
         yield picture(
             "KL to the teacher",
@@ -116,6 +116,12 @@ def _recovery(run: FinishedRun) -> Iterator[Picture]:
             figures.recovery_curves(
                 lm_loss, levels=levels, label="LM loss, nats per token", name="recovery of LM loss"
             ),
+        )
+    if top1:
+        yield picture(
+            "Agreement with the teacher",
+            "Share of held-out positions where student and teacher put the same token first.",
+            figures.recovery_curves(top1, levels={}, label="top-1 agreement", name="recovery of agreement"),
         )
 
 

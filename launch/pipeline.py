@@ -121,9 +121,12 @@ def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
 
 
 def check_processes(stage: Stage, config: Any) -> None:
-    """Raise ``ValueError`` where the processes at hand cannot be dealt into the parent's slices."""
-    if stage.distributed and hasattr(config, "engine"):
-        slices, count = config.engine.slices, processes.count()
+    """Raise ``ValueError`` where the processes at hand cannot be dealt as the engine and its batches ask for."""
+    count = processes.count()
+    if hasattr(config, "check_processes"):
+        config.check_processes(count)
+    elif stage.distributed and hasattr(config, "engine"):
+        slices = config.engine.slices
         require(
             count % slices == 0,
             f"engine.slices={slices} needs a multiple of {slices} processes, got {count}; "

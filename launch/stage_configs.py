@@ -15,9 +15,13 @@ from distill.config import (
     ExtendContextConfig,
     ObjectiveConfig,
     OptimConfig,
+    PhaseConfig,
     TrainConfig,
     require,
 )
+from distill.data.generation import GenerationConfig
+from distill.engine.layout import check_layout, check_options
+from distill.teacher_cache import TeacherCacheConfig, check_objective
 from fusion.config import (
     DependencyConfig,
     FuseConfig,
@@ -62,6 +66,22 @@ class PrepareDataStage:
             self.data.tokenizer != "parent" or "parent" in names,
             "data.tokenizer=parent needs the input `parent`; name one, or set data.tokenizer=train",
         )
+        is_generated = any(source.kind == "generated" for source in self.data.sources)
+        require(
+            is_generated == ("generated" in names),
+            f"data.sources has {'a' if is_generated else 'no'} source of kind=generated, and the input `generated` (of "
+            f"stage generate_text) is {'not ' * is_generated}given; give both or neither",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateTextStage:
+    """Configuration of stage generate_text."""
+
+    generation: GenerationConfig
+    engine: EngineConfig
+    """Its device and precision."""
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +91,13 @@ class PretrainStage:
     pretrain: PretrainConfig
     engine: EngineConfig
     seed: int
+
+    def __post_init__(self) -> None:
+        check_options(self.engine)
+
+    def check_processes(self, count: int) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal the batch."""
+        _check_layout(self.engine, self.pretrain.train, count, node="pretrain.train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +265,15 @@ def require_fusion_inputs(fuse: FuseConfig, names: Collection[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheTeacherStage:
+    """Configuration of stage cache_teacher."""
+
+    teacher_cache: TeacherCacheConfig
+    engine: EngineConfig
+    """Its device, precision and compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillStage:
     """Configuration of stage distill."""
 
@@ -246,6 +282,24 @@ class DistillStage:
     optim: OptimConfig
     engine: EngineConfig
     seed: int
+
+    def __post_init__(self) -> None:
+        check_options(self.engine)
+
+    def check_processes(self, count: int) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal the batch."""
+        _check_layout(self.engine, self.distill, count, node="distill")
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` where there is no teacher, or two, or one that the objective cannot learn from."""
+        given = [f"inputs.{name}" for name in ("teacher", "signals") if name in names]
+        require(
+            len(given) == 1,
+            "give either inputs.teacher=<model>, which runs beside the student, or inputs.signals=<artifact of stage "
+            f"cache_teacher>, got {' and '.join(given) or 'neither'}",
+        )
+        if "signals" in names:
+            check_objective(self.objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +312,21 @@ class ExtendContextStage:
     engine: EngineConfig
     seed: int
 
+    def __post_init__(self) -> None:
+        check_options(self.engine)
+
+    def check_processes(self, count: int) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal a phase's batch."""
+        for index, phase in enumerate(self.extend_context.phases):
+            _check_layout(self.engine, phase, count, node=f"extend_context.phases[{index}]")
+
     def check_inputs(self, names: Collection[str]) -> None:
         """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
         require(
             not self.objective.needs_teacher or "teacher" in names,
-            f"objective.kld={self.objective.kld} and objective.hidden_cosine={self.objective.hidden_cosine} need the "
-            "input `teacher`; name one, or train on the data alone with objective=lm",
+            f"objective.kld={self.objective.kld} objective.hidden_cosine={self.objective.hidden_cosine} "
+            f"objective.hidden_mse={self.objective.hidden_mse} need the input `teacher`; name one, or train on the "
+            "data alone with objective=lm",
         )
 
 
@@ -290,3 +353,7 @@ class ExportStage:
     """Configuration of stage export."""
 
     export: ExportConfig
+
+
+def _check_layout(engine: EngineConfig, step: TrainConfig | PhaseConfig, count: int, *, node: str) -> None:
+    check_layout(engine, world_size=count, batch_size=step.batch_size, seq_len=step.seq_len, node=node)

@@ -125,6 +125,10 @@ class LibraryConfig:
             f"library.importance_rounds={self.importance_rounds} is beyond "
             f"library.importance_sequences={self.importance_sequences}: every round needs a sequence of its own",
         )
+        require(
+            not self.bld.separate_documents,
+            "library.bld.separate_documents=true, but replacements learn on whole sequences; set it to false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

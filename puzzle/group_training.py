@@ -207,7 +207,7 @@ def run_together(parent: ParentSlice, run: GroupRun | None, settings: BldSetting
     with bar:
         for step in range(start, settings.num_steps):
             learning = run if own is not None and own <= step else None
-            batch = settings.batches.batch(step)
+            batch = settings.batches.batch(step).input_ids
             if learning is not None:
                 learning.learn(step, batch)
             else:

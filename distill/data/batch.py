@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -72,9 +72,13 @@ class Batch:
         return self._map(lambda tensor: tensor[:, index * size : (index + 1) * size] if tensor.ndim == 2 else tensor)
 
     def to(self, device: torch.device) -> Batch:
-        """On ``device``, through pinned memory and without waiting for it where it is a GPU."""
+        """On ``device``, through pinned memory and without waiting for it where it is a GPU.
+
+        ``sequence_ids`` stay where they are: they are read on the host.
+        """
         pin = device.type == "cuda"
-        return self._map(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True))
+        moved = self._map(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True))
+        return replace(moved, sequence_ids=self.sequence_ids)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = [field.name for field in fields(self) if field.name != "separate_documents"]

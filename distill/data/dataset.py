@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import require
+from distill.config import TrainConfig, require
+from distill.data.batch import IGNORE_INDEX, Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,33 +87,123 @@ class TokenDataset:
 class Batches:
     """Batches of a split in epochs, each a new seeded order of all sequences.
 
-    ``batch(step)`` depends on nothing but the step, so a resumed run needs no state to see the same data; the
-    permutation of the current epoch is kept only because it is slow to make.
+    ``batch`` depends on nothing but its arguments, so a resumed run needs no state to see the same data, at any number
+    of ranks; the permutation of the current epoch is kept only because it is slow to make.
+
+    Args:
+        split: what the sequences are cut from.
+        seq_len: tokens per sequence.
+        batch_size: sequences per optimizer step, over all ranks.
+        seed: of the order.
+        separate_documents: keep the documents of a sequence apart (:func:`documents_apart`).
+        eos_token_id: token that ends a document; needed where documents are kept apart.
+        num_sequences: draw from the first so many sequences of the split alone; None: from all.
+
+    Raises:
+        ValueError: the split has no sequence of that length, or fewer than ``num_sequences``.
     """
 
-    def __init__(self, split: TokenSplit, *, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        separate_documents: bool = False,
+        eos_token_id: int | None = None,
+        num_sequences: int | None = None,
+    ) -> None:
+        assert eos_token_id is not None or not separate_documents, "documents are told apart by their last token"
+        available = split.num_sequences(seq_len)
+        require(
+            available > 0,
+            f"seq_len={seq_len} is longer than the {split.name} split of {split.num_tokens} tokens; "
+            f"raise data.{split.name}_tokens or lower seq_len",
+        )
+        self.num_sequences = available if num_sequences is None else num_sequences
+        """Sequences of one epoch."""
+        require(
+            0 < self.num_sequences <= available,
+            f"{num_sequences} sequences of {seq_len} tokens asked of the {split.name} split, which has {available}",
+        )
         self._split = split
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._seed = seed
-        self._num_sequences = split.num_sequences(seq_len)
-        require(
-            self._num_sequences > 0,
-            f"seq_len={seq_len} is longer than the {split.name} split of {split.num_tokens} tokens; "
-            f"raise data.{split.name}_tokens or lower seq_len",
-        )
+        self._eos_token_id = eos_token_id if separate_documents else None
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
-    def batch(self, step: int) -> Tensor:
-        """Batch number ``step``, from 0: int64 ``[batch, seq_len]``. May span the end of an epoch."""
-        first = step * self._batch_size
-        indices = [self._sequence_index(position) for position in range(first, first + self._batch_size)]
-        return self._split.sequences(self._seq_len, indices)
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        """Rank ``rank``'s equal share, in order, of the ``batch_size`` sequences of step ``step``, from 0.
+
+        A step may span the end of an epoch.
+        """
+        assert 0 <= rank < num_ranks
+        assert self._batch_size % num_ranks == 0, f"{self._batch_size} sequences for {num_ranks} ranks"
+        share = self._batch_size // num_ranks
+        first = step * self._batch_size + rank * share
+        indices = [self._sequence_index(position) for position in range(first, first + share)]
+        batch = replace(
+            Batch.of(self._split.sequences(self._seq_len, indices)),
+            sequence_ids=torch.tensor(indices, dtype=torch.int64),
+        )
+        return batch if self._eos_token_id is None else documents_apart(batch, self._eos_token_id)
 
     def _sequence_index(self, position: int) -> int:
-        epoch, offset = divmod(position, self._num_sequences)
+        epoch, offset = divmod(position, self.num_sequences)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_sequences)
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self.num_sequences)
             self._epoch = epoch
         return int(self._order[offset])
+
+
+def documents_apart(batch: Batch, eos_token_id: int) -> Batch:
+    """``batch`` of whole sequences with its documents kept apart: they begin after every end-of-text token.
+
+    Positions start anew in every document, and its last token predicts nothing. What a sequence begins with is a
+    document of its own, even where it is the rest of a cut one.
+    """
+    ends = batch.input_ids == eos_token_id
+    begins = torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), dim=1)
+    begin = torch.where(begins, batch.position_ids, 0).cummax(dim=1).values
+    return replace(
+        batch,
+        labels=batch.labels.masked_fill(ends, IGNORE_INDEX),
+        position_ids=batch.position_ids - begin,
+        separate_documents=True,
+    )
+
+
+def within_data(train: TrainConfig, num_sequences: int, *, where: str) -> TrainConfig:
+    """``train`` as far as one pass over ``num_sequences`` sequences allows, by ``train.data_end``.
+
+    refuse: unchanged, or an error; repeat: unchanged; stop: with its budget cut to the whole steps of one pass, which
+    shortens the learning-rate schedule with it.
+
+    Args:
+        train: budget.
+        num_sequences: sequences of ``train.seq_len`` tokens that there are.
+        where: settings node of ``train`` (``distill``, ``library.bld``), for the message.
+
+    Raises:
+        ValueError: the budget is beyond one pass and ``data_end`` is refuse, or one pass is less than one step.
+    """
+    num_steps = num_sequences // train.batch_size
+    if train.num_steps <= num_steps or train.data_end == "repeat":
+        return train
+    reach = num_steps * train.tokens_per_step
+    require(
+        train.data_end == "stop",
+        f"{where}.max_tokens={train.max_tokens} is beyond the data: {num_sequences} sequences of {train.seq_len} "
+        f"tokens fill {num_steps} steps ({reach} tokens) of {where}.batch_size={train.batch_size}; set "
+        f"{where}.data_end=repeat (train on them again, in another order) or {where}.data_end=stop (after one pass), "
+        f"or raise data.train_tokens to {train.num_steps * train.tokens_per_step}",
+    )
+    require(
+        num_steps > 0,
+        f"{where}.data_end=stop, but the data's {num_sequences} sequences of {train.seq_len} tokens do not fill one "
+        f"step of {where}.batch_size={train.batch_size}; lower it, or raise data.train_tokens",
+    )
+    return replace(train, max_tokens=reach)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from distill.config import DataConfig, require
+from distill.config import DataConfig, SourceConfig, require
 from distill.data.sources import documents, interleave
 from distill.data.tokenizer import encode_documents, load_tokenizer, tokenizer_sha256, vocab_size_of
 
@@ -47,6 +47,35 @@ class PackedDocument:
     """Token ids, closed by the end-of-text token."""
     num_bytes: int
     """Length of the text in UTF-8."""
+
+
+@dataclass(kw_only=True)
+class SourceRead:
+    """How much of a source has been read."""
+
+    source: SourceConfig
+    num_tokens: int = 0
+    """Of all splits."""
+    num_bytes: int = 0
+    train_tokens: int = 0
+    num_short: int = 0
+    """Documents that were left out because they are short."""
+
+    @property
+    def name(self) -> str:
+        """The source in messages."""
+        kind, path = self.source.kind, self.source.path
+        return kind if path is None or kind == "generated" else f"{kind} {path}"
+
+    def summary(self) -> dict[str, Any]:
+        """The source in ``data.json``."""
+        source = self.source
+        return {
+            "kind": source.kind,
+            "path": None if source.kind == "generated" else source.path,
+            "weight": source.weight,
+            "train_tokens": self.train_tokens,
+        }
 
 
 class SplitWriter:
@@ -110,28 +139,19 @@ def pack(data: DataConfig, directory: Path, *, seed: int) -> dict[str, Any]:
 
     Writes ``train.npy``, ``validation.npy``, ``calibration.npy`` (1-D, uint16 or uint32) and ``data.json`` there and
     returns the content of the latter. Every document ends in the end-of-text token; the last one of a split is cut at
-    the budget. Raises ``ValueError`` where there is not enough text.
+    the budget. The mixture ends where its first source does, which may leave the train split short.
+
+    Raises:
+        ValueError: there is not enough text for the held-out splits, or none for the train split.
     """
     tokenizer = load_tokenizer(directory)
     vocab_size = vocab_size_of(tokenizer)
     writers = {
         name: SplitWriter(directory / f"{name}.npy", getattr(data, f"{name}_tokens"), vocab_size) for name in SPLITS
     }
-    streams = [_encoded(stream, tokenizer) for stream in _document_streams(data, seed)]
-    read_tokens, train_tokens = [0] * len(streams), [0] * len(streams)
-    read_bytes = 0
-    budget_tokens = sum(writer.budget_tokens for writer in writers.values())
-    with tqdm(total=budget_tokens, desc="pack", unit="tok", unit_scale=True, leave=False) as progress:
-        for index, document in interleave(streams, _weights(data), size=lambda item: len(item.tokens)):
-            read_tokens[index] += len(document.tokens)
-            read_bytes += document.num_bytes
-            split = "train" if writers[document.split].is_full else document.split
-            num_written = writers[split].append(document.tokens)
-            train_tokens[index] += num_written if split == "train" else 0
-            progress.update(num_written)
-            if all(writer.is_full for writer in writers.values()):
-                break
-    _require_full(data, writers, read_tokens)
+    reads = [SourceRead(source=source) for source in data.sources]
+    _fill(data, writers, reads, tokenizer, seed=seed)
+    _require_held_out(data, writers, reads)
     for writer in writers.values():
         writer.close()
     summary = {
@@ -143,14 +163,39 @@ def pack(data: DataConfig, directory: Path, *, seed: int) -> dict[str, Any]:
             for name, writer in writers.items()
         },
         "unigram_entropy_nats": unigram_entropy(directory / "train.npy", directory / "validation.npy", vocab_size),
-        "bytes_per_token": read_bytes / sum(read_tokens),
-        "sources": [
-            {"kind": source.kind, "path": source.path, "weight": source.weight, "train_tokens": num_tokens}
-            for source, num_tokens in zip(data.sources, train_tokens, strict=True)
-        ],
+        "bytes_per_token": sum(read.num_bytes for read in reads) / sum(read.num_tokens for read in reads),
+        "sources": [read.summary() for read in reads],
+        "ended_by": None if writers["train"].is_full else _first_dry(reads).name,
     }
     (directory / "data.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _fill(
+    data: DataConfig,
+    writers: dict[str, SplitWriter],
+    reads: list[SourceRead],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+) -> None:
+    """Read the mixture until all splits are full or a source is dry."""
+    streams = [
+        _long_enough(_encoded(stream, tokenizer), data.long_document_tokens, read)
+        for stream, read in zip(_document_streams(data, seed), reads, strict=True)
+    ]
+    budget_tokens = sum(writer.budget_tokens for writer in writers.values())
+    with tqdm(total=budget_tokens, desc="pack", unit="tok", unit_scale=True, leave=False) as progress:
+        for index, document in interleave(streams, _weights(data), size=lambda item: len(item.tokens)):
+            split = "train" if writers[document.split].is_full else document.split
+            num_written = writers[split].append(document.tokens)
+            read = reads[index]
+            read.num_tokens += len(document.tokens)
+            read.num_bytes += document.num_bytes
+            read.train_tokens += num_written if split == "train" else 0
+            progress.update(num_written)
+            if all(writer.is_full for writer in writers.values()):
+                return
 
 
 def unigram_entropy(train: Path, held_out: Path, vocab_size: int) -> float:
@@ -178,7 +223,8 @@ def _weights(data: DataConfig) -> list[float]:
 def _document_streams(data: DataConfig, seed: int) -> list[Iterator[tuple[str, str]]]:
     """One stream of (split, text) per source; a text that any source gave before is left out."""
     seen: set[bytes] = set()
-    return [_unseen(documents(source, seed=seed), seen, seed) for source in data.sources]
+    whole_files = data.long_document_tokens > 0
+    return [_unseen(documents(source, seed=seed, whole_files=whole_files), seen, seed) for source in data.sources]
 
 
 def _unseen(texts: Iterator[str], seen: set[bytes], seed: int) -> Iterator[tuple[str, str]]:
@@ -199,17 +245,30 @@ def _encoded(stream: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFa
             yield PackedDocument(split=split, tokens=tokens, num_bytes=len(text.encode("utf-8")))
 
 
-def _require_full(data: DataConfig, writers: dict[str, SplitWriter], read_tokens: list[int]) -> None:
-    """Raise ``ValueError`` for a split short of its budget, naming the source that ended the mixture."""
-    dry = min(range(len(read_tokens)), key=lambda i: read_tokens[i] / data.sources[i].weight)
-    source = data.sources[dry]
-    name = source.kind if source.path is None else f"{source.kind} {source.path}"
-    end = f"source {name} (weight {source.weight:g}) ended after {read_tokens[dry]} tokens"
+def _long_enough(stream: Iterator[PackedDocument], min_tokens: int, read: SourceRead) -> Iterator[PackedDocument]:
+    for document in stream:
+        if len(document.tokens) >= min_tokens:
+            yield document
+        else:
+            read.num_short += 1
+
+
+def _first_dry(reads: list[SourceRead]) -> SourceRead:
+    """The source that ends the mixture: the least read for its weight."""
+    return min(reads, key=lambda read: read.num_tokens / read.source.weight)
+
+
+def _require_held_out(data: DataConfig, writers: dict[str, SplitWriter], reads: list[SourceRead]) -> None:
+    """Raise ``ValueError`` for a held-out split short of its budget or an empty train split."""
+    dry = _first_dry(reads)
+    end = f"source {dry.name} (weight {dry.source.weight:g}) ended after {dry.num_tokens} tokens"
+    way_out = "add text to it, lower its weight"
+    if dry.num_short:
+        end += f" and {dry.num_short} documents below data.long_document_tokens={data.long_document_tokens}"
+        way_out += ", lower data.long_document_tokens"
     for split, writer in writers.items():
-        allowed = split == "train" and data.allow_fewer_tokens and writer.num_tokens > 0
-        way_out = ", or set data.allow_fewer_tokens=true" if split == "train" else ""
         require(
-            writer.is_full or allowed,
+            writer.is_full or (split == "train" and writer.num_tokens > 0),
             f"data.{split}_tokens={writer.budget_tokens} asked, {writer.num_tokens} found: {end}; "
-            f"add text to it, lower its weight, lower data.{split}_tokens{way_out}",
+            f"{way_out}, or lower data.{split}_tokens",
         )

@@ -27,6 +27,9 @@ MAX_DOCUMENT_CHARS = 8_192
 SHUFFLE_BUFFER_DOCUMENTS = 4_096
 """Documents held in memory while shuffling: at most 32 MiB of cut documents."""
 
+SHUFFLE_BUFFER_LONG_DOCUMENTS = 256
+"""The same where files are left whole."""
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
 COMPRESSED_SUFFIXES: dict[str, Callable[..., TextIO]] = {".xz": lzma.open, ".gz": gzip.open}
 
@@ -66,15 +69,20 @@ def text_files(path: str) -> list[Path]:
     return files
 
 
-def documents(source: SourceConfig, *, seed: int) -> Iterator[str]:
-    """Non-empty documents of one source, shuffled: the order of files by the seed, then documents in a buffer."""
+def documents(source: SourceConfig, *, seed: int, whole_files: bool = False) -> Iterator[str]:
+    """Non-empty documents of one source, shuffled: the order of files by the seed, then documents in a buffer.
+
+    ``whole_files``: a text or source file is one document, however long; the buffer is then smaller.
+    """
     if source.kind == "hub":
         stream = _hub_documents(source)
     else:
         files = stdlib_files() if source.kind == "python_stdlib" else text_files(str(source.path))
         random.Random(seed).shuffle(files)
-        stream = (document for file in files for document in _file_documents(file, source.text_field))
-    return shuffled((document for document in stream if document.strip()), seed=seed)
+        max_chars = None if whole_files else MAX_DOCUMENT_CHARS
+        stream = (document for file in files for document in _file_documents(file, source.text_field, max_chars))
+    buffer_items = SHUFFLE_BUFFER_LONG_DOCUMENTS if whole_files else SHUFFLE_BUFFER_DOCUMENTS
+    return shuffled((document for document in stream if document.strip()), seed=seed, buffer_items=buffer_items)
 
 
 def shuffled(items: Iterable[Item], *, seed: int, buffer_items: int = SHUFFLE_BUFFER_DOCUMENTS) -> Iterator[Item]:
@@ -159,7 +167,7 @@ def _text_suffix(file: Path) -> str:
     return "" if inner == ".parquet" else inner
 
 
-def _file_documents(file: Path, text_field: str) -> Iterator[str]:
+def _file_documents(file: Path, text_field: str, max_chars: int | None) -> Iterator[str]:
     suffix = _text_suffix(file)
     if suffix == ".parquet":
         yield from _parquet_documents(file, text_field)
@@ -169,10 +177,11 @@ def _file_documents(file: Path, text_field: str) -> Iterator[str]:
         with opener(file, mode="rt", encoding="utf-8") as lines:
             if suffix == ".jsonl":
                 yield from _jsonl_documents(file, lines, text_field)
-            elif suffix == ".py":
-                yield from split_documents(lines, starts_segment=starts_definition)
+            elif max_chars is None:
+                yield lines.read()
             else:
-                yield from split_documents(lines, starts_segment=starts_paragraph)
+                starts_segment = starts_definition if suffix == ".py" else starts_paragraph
+                yield from split_documents(lines, starts_segment=starts_segment, max_chars=max_chars)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data.sources: {file} is not UTF-8 ({error.reason}); convert it or leave it out of path"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import EngineConfig, OptimConfig, require
-from distill.objective import Objective
+from distill.data.batch import Batch
+from distill.engine.setup import TrainingSetup
 
-ENGINES = {"torch": "distill.engine.torch_engine:TorchEngine"}
+ENGINES = {
+    "torch": "distill.engine.torch_engine:TorchEngine",
+    "deepspeed": "distill.engine.deepspeed_engine:DeepSpeedEngine",
+    "megatron": "distill.engine.megatron_engine:MegatronEngine",
+}
 """``module:class`` by name, imported when it is asked for: an engine's library need not be installed otherwise."""
 
 TensorGroups = dict[str, dict[str, Tensor]]
@@ -20,31 +25,68 @@ TensorGroups = dict[str, dict[str, Tensor]]
 
 
 class Engine(Protocol):
-    """Runs forward, backward and step. Takes the model over: its parameters move to the engine's device."""
+    """A student under training, with its optimizer and its teacher, over all processes that work together.
+
+    Every process calls every method, in the same order.
+    """
 
     device: torch.device
+    data_rank: int
+    """Ranks that see the same sequences share it."""
+    num_data_ranks: int
 
-    def step(self, input_ids: Tensor, *, lr: float) -> dict[str, Tensor]:
-        """One optimizer step on ``input_ids`` [batch, seq] at learning rate ``lr``.
+    def step(self, batch: Batch, *, lr: float) -> dict[str, Tensor]:
+        """One optimizer step at learning rate ``lr``.
+
+        Args:
+            batch: whole sequences of this data rank, on the CPU; as many on every data rank.
+            lr: learning rate.
 
         Returns:
-            The objective's metrics and ``grad_norm`` as scalars on the device: reading one waits for the device.
+            The objective's metrics as means over the batch of all ranks and ``grad_norm``, before clipping; equal on
+            all ranks, scalars on the device: reading one waits for the device.
         """
 
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Eval mode, no gradient, the engine's precision."""
+    def evaluate(self, sequences: Tensor) -> dict[str, float]:
+        """Held-out metrics of the student as it stands, equal on all ranks.
 
-    def state_dict(self) -> TensorGroups:
-        """Everything that an exact resume needs besides the step number."""
+        Args:
+            sequences: token ids [num_sequences, seq], all of them on every rank.
 
-    def load_state_dict(self, state: TensorGroups) -> None:
-        """Undo of :meth:`state_dict`."""
+        Returns:
+            ``lm_loss`` in nats per token and, beside a teacher, ``kld`` (KL(teacher || student) in nats per token),
+            ``top1_agreement_frac`` and ``teacher_lm_loss``.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Write everything that :meth:`load` needs into an existing directory that all ranks share."""
+
+    def load(self, directory: Path) -> None:
+        """Undo of :meth:`save`, before the first step.
+
+        Raises:
+            ValueError: the state is of another layout that this engine cannot convert.
+        """
+
+    def export(self, directory: Path) -> None:
+        """Write the student as a model directory in the stored data type. The first rank writes."""
 
 
-def create_engine(*, model: nn.Module, objective: Objective, optim: OptimConfig, engine: EngineConfig) -> Engine:
-    """The engine that ``engine.name`` asks for."""
+def create_engine(
+    setup: TrainingSetup, *, optim: OptimConfig, engine: EngineConfig, batch_size: int, seq_len: int
+) -> Engine:
+    """The engine that ``engine.name`` asks for, with the student's weights as its directory has them.
+
+    Args:
+        setup: student, objective and teacher.
+        optim: optimizer settings.
+        engine: engine and layout, which fits the number of processes (``distill.engine.layout``).
+        batch_size: sequences of an optimizer step, over all data ranks.
+        seq_len: tokens per sequence.
+    """
     module, _, name = ENGINES[engine.name].partition(":")
-    return getattr(importlib.import_module(module), name)(model=model, objective=objective, optim=optim, engine=engine)
+    engine_class = getattr(importlib.import_module(module), name)
+    return engine_class(setup, optim=optim, engine=engine, batch_size=batch_size, seq_len=seq_len)
 
 
 def resolve_device(engine: EngineConfig) -> torch.device:
@@ -79,7 +121,8 @@ def compile_blocks(model: nn.Module) -> None:
     # At most one shape per block, for full and for last batches, under training and evaluation.
     expect_shapes(4 * len(model.model.layers))
     for block in model.model.layers:
-        block.compile(dynamic=False)
+        # Not the call: hooks, such as those that gather a block's weights, would break its graph.
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def micro_batch_size(engine: EngineConfig, *, batch_size: int, seq_len: int) -> int:

@@ -59,6 +59,9 @@ class TeacherStore(Protocol):
     def signal(self, sequence_ids: Tensor, *, device: torch.device) -> Any:
         """Signals of whole sequences [batch], on ``device``."""
 
+    def teacher_lm_loss(self, num_sequences: int) -> float:
+        """The teacher's LM loss on sequences 0 to ``num_sequences`` - 1, in nats per token with a next token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
@@ -70,5 +73,7 @@ class TrainingSetup:
     """Runs beside the student."""
     store: TeacherStore | None = None
     """In place of a teacher that runs."""
+    held_out_store: TeacherStore | None = None
+    """Of the held-out sequences, with ``store``."""
     layer_map: tuple[int, ...] = ()
     """Teacher block that each student block is paired with; empty: hidden states are not compared."""

@@ -1,95 +1,174 @@
-"""The reference engine: plain torch in one process."""
+"""The reference engine: plain torch in one process, DDP or FSDP2, with or without sequence parallelism."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 
+from distill import distributed
 from distill.config import EngineConfig, OptimConfig
-from distill.engine.base import TensorGroups, compile_blocks, micro_batch_size, resolve_device, resolve_dtype
-from distill.objective import Objective
-from distill.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from distill.data.batch import Batch
+from distill.engine import torch_sharding, torch_state
+from distill.engine.base import micro_batch_size, resolve_device, resolve_dtype
+from distill.engine.setup import TrainingSetup
+from distill.engine.student_step import StudentStep, prepare_student, sum_metrics
+from distill.engine.teachers import build_teachers
+from distill.evaluate import add_sums, equal_shares, means
+from distill.objective import Objective, Totals
+from distill.optim import build_optimizer
 
 
 class TorchEngine:
-    """fp32 master weights and optimizer state; bf16 precision is autocast on top of them.
+    """fp32 master weights and optimizer state on every rank (DDP) or dealt over the ranks (FSDP2).
 
-    Args:
-        model: student with fp32 parameters; moved to the device in place.
-        objective: what each step minimises.
-        optim: optimizer settings.
-        engine: device, precision, micro-batch size and whether blocks are compiled.
+    bf16 precision is autocast on whole weights; sharded weights are gathered in bf16, and their gradients are summed
+    over the ranks in fp32. See :class:`distill.engine.base.Engine` for the interface and
+    :func:`distill.engine.base.create_engine` for the arguments.
     """
 
-    def __init__(self, *, model: nn.Module, objective: Objective, optim: OptimConfig, engine: EngineConfig) -> None:
-        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), "master weights are fp32"
+    def __init__(
+        self, setup: TrainingSetup, *, optim: OptimConfig, engine: EngineConfig, batch_size: int, seq_len: int
+    ) -> None:
         self.device = resolve_device(engine)
+        self._ranks = distributed.data_ranks(engine.sequence_parallel)
+        self.data_rank, self.num_data_ranks = self._ranks.data_rank, self._ranks.num_data_ranks
+        assert batch_size % self.num_data_ranks == 0, f"{batch_size} sequences for {self.num_data_ranks} data ranks"
         self._engine = engine
-        self._objective = objective
-        self._model = model.to(self.device).train()
-        if engine.compile:
-            compile_blocks(self._model)
-        self._optimizer = build_optimizer(self._model, optim)
+        self._provider = setup.student
+        self._num_positions = batch_size * seq_len
+        self._micro_batch = micro_batch_size(
+            engine, batch_size=batch_size // self.num_data_ranks, seq_len=seq_len // self._ranks.num_parts
+        )
+        self._is_sharded = engine.shard or engine.offload_optimizer
+        self._teachers = build_teachers(setup, engine, device=self.device, ranks=self._ranks, sharded=engine.shard)
+        self._step = self._build(
+            Objective(config=setup.objective, teacher=self._teachers.training, layer_map=setup.layer_map)
+        )
+        self._wrapped = self._wrap(setup)
+        self._optimizer = build_optimizer(self.student, optim, fused=engine.offload_optimizer or None)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._max_grad_norm = optim.grad_clip or math.inf
 
-    def step(self, input_ids: Tensor, *, lr: float) -> dict[str, Tensor]:
-        """See :class:`distill.engine.base.Engine`. Never waits for the device."""
-        batch_size, seq_len = input_ids.shape
-        input_ids = self._to_device(input_ids)
-        metrics: dict[str, Tensor] = {}
-        for micro_batch in input_ids.split(micro_batch_size(self._engine, batch_size=batch_size, seq_len=seq_len)):
-            share = len(micro_batch) / batch_size
-            with self._autocast():
-                loss, micro_metrics = self._objective(self._model, micro_batch)
-            (loss * share).backward()
-            for name, value in micro_metrics.items():
-                metrics[name] = metrics.get(name, 0) + value * share
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+    @property
+    def student(self) -> nn.Module:
+        """The model under training, sharded where it is dealt."""
+        return self._step.model
+
+    def _build(self, objective: Objective) -> StudentStep:
+        """The student with its weights, sharded if it is to be, in training mode."""
+        if not self._is_sharded:
+            model = self._provider.load(device=self.device, dtype=torch.float32)
+            prepare_student(model, self._engine, self._ranks.group)
+            return StudentStep(model, objective, self._teachers.held_out).train()
+        step = StudentStep(self._provider.empty(), objective, self._teachers.held_out)
+        prepare_student(step.model, self._engine, self._ranks.group)
+        torch_sharding.shard_student(step, self._engine, self.device)
+        torch_sharding.fill(step.model, self._provider, self.device, on_cpu=self._engine.offload_optimizer)
+        return step.train()
+
+    def _wrap(self, setup: TrainingSetup) -> nn.Module:
+        """What a step calls: the student step, in DDP where each of several ranks has it whole."""
+        if self._is_sharded or distributed.world_size() == 1:
+            return self._step
+        head, embeddings = self.student.get_output_embeddings(), self.student.get_input_embeddings()
+        has_head_term = setup.objective.kld > 0 or setup.objective.lm > 0
+        return DistributedDataParallel(
+            self._step,
+            gradient_as_bucket_view=True,
+            # Without a term on the logits a head of its own has no gradient.
+            find_unused_parameters=not has_head_term and head.weight is not embeddings.weight,
+        )
+
+    def step(self, batch: Batch, *, lr: float) -> dict[str, Tensor]:
+        """See :class:`distill.engine.base.Engine`. Waits for the device only where the optimizer is on the CPU."""
+        batch = self._own_part(batch)
+        totals = Totals(num_positions=self._num_positions, num_targets=distributed.all_reduce_sum(batch.num_targets()))
+        parts = list(batch.split(self._micro_batch))
+        metrics = sum_metrics(
+            [self._accumulate(part, totals, last=index == len(parts) - 1) for index, part in enumerate(parts)]
+        )
+        grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        return {**distributed.all_reduce_sums(metrics), "grad_norm": grad_norm.to(self.device)}
+
+    def _accumulate(self, batch: Batch, totals: Totals, *, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of one micro-batch. DDP sums over the ranks once, in the last one's backward pass.
+
+        FSDP2 does so in each: it would have to keep whole gradients otherwise.
+        """
+        with self._without_reduction() if not last else nullcontext():
+            with self._autocast():
+                loss, metrics = self._wrapped(batch, totals)
+            # DDP and FSDP2 take the mean over the ranks where contributions are to be summed.
+            (loss * distributed.world_size()).backward()
         return metrics
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def _without_reduction(self) -> AbstractContextManager[None]:
+        is_ddp = isinstance(self._wrapped, DistributedDataParallel)
+        return self._wrapped.no_sync() if is_ddp else nullcontext()
+
+    @torch.no_grad()
+    def evaluate(self, sequences: Tensor) -> dict[str, float]:
         """See :class:`distill.engine.base.Engine`."""
-        self._model.eval()
-        with torch.no_grad(), self._autocast():
-            yield
-        self._model.train()
+        share = equal_shares(sequences, rank=self.data_rank, num_ranks=self.num_data_ranks)
+        sums: dict[str, Tensor] = {}
+        self._step.eval()
+        with tqdm(total=len(share), desc="evaluate", unit="seq", leave=False) as bar, self._autocast():
+            for batch in share.split(self._micro_batch):
+                add_sums(sums, self._step(self._own_part(batch), None))
+                bar.update(len(batch))
+        if isinstance(self._step, FSDPModule):
+            # After a backward pass FSDP2 does so itself. What is gathered is not the master weights.
+            self._step.reshard()
+        self._step.train()
+        return means(distributed.all_reduce_sums(sums)) | self._teachers.known_metrics(len(sequences))
 
-    def state_dict(self) -> TensorGroups:
-        """See :class:`distill.engine.base.Engine`. Tied parameters are held once."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "model": {name: parameter.detach() for name, parameter in self._model.named_parameters()},
-            "optimizer": optimizer_tensors(self._optimizer),
-            "rng": rng,
-        }
+    def save(self, directory: Path) -> None:
+        """See :class:`distill.engine.base.Engine`. Any number of ranks can load it, sharded or not."""
+        torch_state.save(directory, self.student, self._optimizer, self.device)
 
-    def load_state_dict(self, state: TensorGroups) -> None:
+    def load(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`."""
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(state["model"][name])
-        load_optimizer_tensors(self._optimizer, state["optimizer"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        torch_state.load(directory, self.student, self._optimizer, self.device)
 
-    def _autocast(self) -> torch.autocast:
+    def export(self, directory: Path) -> None:
+        """See :class:`distill.engine.base.Engine`. No rank ever holds more than one whole parameter."""
+        tensors = self._whole_parameters()
+        if distributed.is_main():
+            self._provider.write(directory, tensors)
+        else:
+            for _ in tensors:
+                pass
+        distributed.barrier()
+
+    @torch.no_grad()
+    def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.student.named_parameters():
+            yield name, torch_sharding.whole(parameter)
+
+    def _own_part(self, batch: Batch) -> Batch:
+        """This rank's part of the sequences, on the device."""
+        if self._ranks.num_parts > 1:
+            batch = batch.sequence_part(self._ranks.part, self._ranks.num_parts)
+        # A cache reads the numbers of sequences on the host.
+        return replace(batch.to(self.device), sequence_ids=batch.sequence_ids)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
         dtype = resolve_dtype(self._engine)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    def _to_device(self, input_ids: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            input_ids = input_ids.pin_memory()
-        return input_ids.to(self.device, non_blocking=True)
+        enabled = dtype != torch.float32 and not self._is_sharded
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill import distributed
 from distill.config import require
-from distill.data.dataset import Batches, TokenDataset
+from distill.data.dataset import Batches, TokenDataset, within_data
 from distill.data.tokenizer import require_same_tokenizer
 from distill.tracking import Tracker
 from launch.artifact import fingerprinted_config, require_made_from
@@ -61,11 +61,12 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
     num_skipped, num_ranking = config.library.skip_sequences, config.library.importance_sequences
     num_needed = num_skipped + num_ranking + train.eval_sequences
     calibration = dataset.split("calibration").first(num_needed, train.seq_len)[num_skipped:]
+    batches = Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
     settings = BldSettings(
-        train=train,
+        train=within_data(train, batches.num_sequences, where="library.bld") if config.library.train else train,
         optim=config.library.optim,
         engine=config.engine,
-        batches=Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed),
+        batches=batches,
         held_out=calibration[num_ranking:],
         nmse=config.library.nmse,
         learns=config.library.train,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import require
-from distill.data.dataset import Batches, TokenDataset
+from distill.data.dataset import Batches, TokenDataset, within_data
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.tracking import Tracker
@@ -142,11 +142,12 @@ def _settings(config: DistillGroupsStage, inputs: Inputs, architecture: Architec
     )
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, inputs["model"].path, "model")
+    batches = Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
     return BldSettings(
-        train=train,
+        train=within_data(train, batches.num_sequences, where="group_distillation.train"),
         optim=config.group_distillation.optim,
         engine=config.engine,
-        batches=Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed),
+        batches=batches,
         # Apart from the validation split, on which models are judged later.
         held_out=dataset.split("calibration").first(train.eval_sequences, train.seq_len),
         lr_key="group_distillation.optim.lr",

@@ -1,29 +1,45 @@
-"""Stage extend_context: student, data, perhaps a teacher -> the student at a longer context, phase after phase."""
+"""Stage extend_context: student, data, perhaps a teacher -> the student at a longer context, phase after phase.
+
+Between two phases the model is a directory, whatever the engine: the next one starts from it with the rotary settings
+and positions of its own.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from distill import distributed
 from distill.config import TrainConfig, require
-from distill.data.dataset import Batches, TokenDataset
+from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
-from distill.engine.base import micro_batch_size, resolve_device
-from distill.evaluate import evaluate_model
-from distill.objective import Objective
+from distill.engine.setup import TrainingSetup
 from distill.tracking import Tracker
-from distill.trainer import TrainResult, train
+from distill.trainer import TrainResult
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import ExtendContextStage
-from launch.stages.distill import online_teacher, paired_blocks, recovery_headline, stored_dtype, uptraining_tokens
+from launch.training import (
+    TrainingData,
+    curve_ends,
+    only_whole,
+    paired_blocks,
+    recovery_headline,
+    run_engine,
+    tracking,
+    training_data,
+    uptraining_tokens,
+)
 from puzzle.model.architecture import Architecture
-from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model
-from puzzle.model.modeling_decilm import DeciLMForCausalLM
+from puzzle.model.parallelism import check_parallelism
+from puzzle.model.provider import DirectoryProvider
+
+RESULT_FILE = "result.json"
+"""Beside the model of a finished phase: its curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,70 +47,62 @@ class Phase:
     """One phase, ready to run."""
 
     index: int
-    train: TrainConfig
     architecture: Architecture
     """The student's from this phase on."""
-    batches: Batches
-    sequences: Tensor
-    """Held-out token ids [num_sequences, seq]."""
+    data: TrainingData
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Models:
+    """What the phases share."""
+
+    student: DirectoryProvider
+    """As it came in."""
+    teacher: DirectoryProvider | None
+    layer_map: tuple[int, ...]
 
 
 def run(config: ExtendContextStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Run the phases, each with its own resume points. Writes the model and ``metrics.jsonl`` with all phases."""
-    student_dir = inputs["student"].path
+    config.check_processes(distributed.world_size())
     dataset = TokenDataset.open(inputs["data"].path)
-    require_same_tokenizer(dataset, student_dir, "student")
-    pairs = _require_teacher(config, inputs, dataset)
-    phases = list(_phases(config, read_architecture(student_dir), dataset))
-    device = resolve_device(config.engine)
-    with Tracker(
-        context.out / "metrics.jsonl",
-        context.tracking,
-        run_name=context.run_name,
-        step_name=context.step_name,
-        stage="extend_context",
-        settings=asdict(config),
-    ) as tracker:
-        teacher = None
-        if config.objective.needs_teacher:
-            teacher = online_teacher(inputs["teacher"].path, config.engine)
-        objective = Objective(config=config.objective, teacher=teacher, layer_map=pairs)
-        student = load_model(student_dir, dtype=torch.float32)
-        tokens, rows = 0, []
+    models = _models(config, inputs, dataset)
+    phases = list(_phases(config, models.student.architecture, dataset))
+    results: list[TrainResult] = []
+    with tracking(context, stage="extend_context", config=config) as tracker:
+        source = models.student.directory
         for phase in phases:
-            student = _rebuilt(student, phase.architecture).to(device)
-            offset = uptraining_tokens(inputs["student"]) + tokens
-            result, teacher_metrics = _run_phase(phase, student, objective, config, context, tracker, offset)
-            tokens += result.tokens
-            rows.append(_phase_metrics(phase, result, teacher_metrics))
-    architecture = phases[-1].architecture
-    save_model(
-        student, context.out, architecture=architecture, tokenizer_from=student_dir, dtype=stored_dtype(student_dir)
-    )
-    headline = recovery_headline(result, teacher_lm_loss=teacher_metrics.get("lm_loss"))
+            offset = uptraining_tokens(inputs["student"]) + sum(result.tokens for result in results)
+            is_last = phase is phases[-1]
+            source, result = _run_phase(phase, source, models, config, context, tracker, offset, is_last=is_last)
+            results.append(result)
+    seq_len = phases[-1].data.train.seq_len
     return StageResult(
-        headline=f"{headline} at {phases[-1].train.seq_len:,} tokens of context",
-        metrics={"phases": rows},
-        tokens=tokens,
+        headline=f"{recovery_headline(curve_ends(results[-1]))} at {seq_len:,} tokens of context",
+        metrics={"phases": [_phase_metrics(*pair) for pair in zip(phases, results, strict=True)]},
+        tokens=sum(result.tokens for result in results),
     )
 
 
-def _require_teacher(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -> tuple[int, ...]:
-    """Check the teacher that the objective needs, if it does. Returns its blocks by student block."""
-    objective = config.objective
-    if not objective.needs_teacher:
-        return ()
+def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -> _Models:
+    """The student and, where the objective needs one, the teacher, checked against the data and the longest phase."""
+    student = DirectoryProvider(inputs["student"].path)
+    require_same_tokenizer(dataset, student.directory, "student")
+    check_parallelism(student.architecture, config.engine, role="student")
+    if not config.objective.needs_teacher:
+        return _Models(student=student, teacher=None, layer_map=())
     config.check_inputs(inputs)
-    teacher_dir = inputs["teacher"].path
-    require_same_tokenizer(dataset, teacher_dir, "teacher")
-    teacher = read_architecture(teacher_dir)
+    teacher = DirectoryProvider(inputs["teacher"].path)
+    require_same_tokenizer(dataset, teacher.directory, "teacher")
+    check_parallelism(teacher.architecture, config.engine, role="teacher")
     longest = max(phase.seq_len for phase in config.extend_context.phases)
     require(
-        longest <= teacher.max_positions,
-        f"extend_context.phases reach seq_len={longest}, beyond the {teacher.max_positions} positions of the teacher; "
-        "train that phase with objective=lm, or take a teacher that was made for it",
+        longest <= teacher.architecture.max_positions,
+        f"extend_context.phases reach seq_len={longest}, beyond the {teacher.architecture.max_positions} positions of "
+        "the teacher; train that phase with objective=lm, or take a teacher that was made for it",
     )
-    return paired_blocks(read_architecture(inputs["student"].path), teacher, objective)
+    pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
+    return _Models(student=student, teacher=teacher, layer_map=pairs)
 
 
 def _phases(config: ExtendContextStage, architecture: Architecture, dataset: TokenDataset) -> Iterator[Phase]:
@@ -106,71 +114,73 @@ def _phases(config: ExtendContextStage, architecture: Architecture, dataset: Tok
             max_positions=max(architecture.max_positions, phase.seq_len),
             rope=phase.rope or architecture.rope,
         )
-        yield Phase(
-            index=index,
-            train=TrainConfig(
-                max_tokens=phase.max_tokens,
-                seq_len=phase.seq_len,
-                batch_size=phase.batch_size,
-                eval_every_tokens=extend.eval_every_tokens,
-                eval_sequences=extend.eval_sequences,
-            ),
-            architecture=architecture,
-            batches=Batches(
-                dataset.split("train"),
-                seq_len=phase.seq_len,
-                batch_size=phase.batch_size,
-                seed=config.seed + index,
-            ),
-            sequences=dataset.split("validation").first(extend.eval_sequences, phase.seq_len),
+        budget = TrainConfig(
+            max_tokens=phase.max_tokens,
+            seq_len=phase.seq_len,
+            batch_size=phase.batch_size,
+            eval_every_tokens=extend.eval_every_tokens,
+            eval_sequences=extend.eval_sequences,
+            data_end=phase.data_end,
+            separate_documents=phase.separate_documents,
         )
-
-
-def _rebuilt(model: DeciLMForCausalLM, architecture: Architecture) -> DeciLMForCausalLM:
-    """``model``'s weights in a module with the positions and rotary settings of ``architecture``."""
-    rebuilt = build_model(architecture, seed=0)
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt
+        node = f"extend_context.phases[{index}]"
+        data = training_data(dataset, budget, seed=config.seed + index, node=node)
+        yield Phase(index=index, architecture=architecture, data=data)
 
 
 def _run_phase(
     phase: Phase,
-    student: DeciLMForCausalLM,
-    objective: Objective,
+    source: Path,
+    models: _Models,
     config: ExtendContextStage,
     context: StageContext,
-    tracker: Tracker,
+    tracker: Tracker | None,
     tokens_before: int,
-) -> tuple[TrainResult, dict[str, float]]:
-    """Train one phase, or restore it where it is finished. Returns its result and the teacher's held-out metrics."""
-    evaluate = partial(
-        evaluate_model,
-        sequences=phase.sequences,
-        batch_size=micro_batch_size(config.engine, batch_size=phase.train.batch_size, seq_len=phase.train.seq_len),
-        chunk_tokens=config.objective.chunk_tokens,
+    *,
+    is_last: bool,
+) -> tuple[Path, TrainResult]:
+    """Train one phase from the model in ``source``. Returns the directory of the trained one, and the curve.
+
+    What comes between two phases is in fp32, as engines train it; a phase that is there already is not repeated.
+    """
+    student = DirectoryProvider(
+        source,
+        phase.architecture,
+        tokenizer_from=models.student.directory,
+        written_dtype=models.student.dtype if is_last else torch.float32,
     )
-    teacher = objective.teacher.model if objective.teacher is not None else None
-    result = train(
-        model=student,
-        objective=objective,
-        batches=phase.batches,
-        train=phase.train,
-        optim=config.optim,
-        engine=config.engine,
-        seed=config.seed + phase.index,
-        resume_dir=context.resume / f"phase_{phase.index}",
-        tracker=tracker,
-        evaluate=partial(evaluate, student, teacher=teacher),
-        tokens_before=tokens_before,
-        desc=f"{context.step_name} at {phase.train.seq_len}",
+    setup = TrainingSetup(
+        student=student, teacher=models.teacher, objective=config.objective, layer_map=models.layer_map
     )
-    return result, {} if teacher is None else evaluate(teacher)
+
+    def trained(out: Path) -> TrainResult:
+        return run_engine(
+            setup,
+            phase.data,
+            optim=config.optim,
+            engine=config.engine,
+            seed=config.seed + phase.index,
+            resume_dir=context.resume / f"phase_{phase.index}",
+            tracker=tracker,
+            tokens_before=tokens_before,
+            desc=f"{context.step_name} at {phase.data.train.seq_len}",
+            out=out,
+        )
+
+    if is_last:
+        return context.out, trained(context.out)
+    directory = context.resume / f"phase_{phase.index}_model"
+    with only_whole(directory) as partial:
+        if partial is not None:
+            result = trained(partial)
+            if distributed.is_main():
+                (partial / RESULT_FILE).write_text(json.dumps(asdict(result)))
+    if partial is None:
+        result = TrainResult(**json.loads((directory / RESULT_FILE).read_text()))
+        if tracker is not None:
+            tracker.restore(result.curve)
+    return directory, result
 
 
-def _phase_metrics(phase: Phase, result: TrainResult, teacher_metrics: dict[str, float]) -> dict[str, Any]:
-    return {
-        "seq_len": phase.train.seq_len,
-        "start": result.evaluations[0],
-        "end": result.evaluations[-1],
-        "teacher": teacher_metrics,
-    }
+def _phase_metrics(phase: Phase, result: TrainResult) -> dict[str, Any]:
+    return {"seq_len": phase.data.train.seq_len, "teacher": {}, **curve_ends(result)}

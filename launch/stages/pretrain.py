@@ -1,23 +1,21 @@
-"""Stage pretrain: data -> a Llama-shaped parent that is trained from nothing."""
+"""Stage pretrain: data -> a Llama-shaped parent that is trained from nothing. All processes train."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 
+from distill import distributed
 from distill.config import ObjectiveConfig, require
-from distill.data.dataset import Batches, TokenDataset
+from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import load_tokenizer
-from distill.engine.base import micro_batch_size
-from distill.evaluate import evaluate_model
-from distill.objective import Objective
-from distill.tracking import Tracker
-from distill.trainer import train
+from distill.engine.setup import TrainingSetup
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import PretrainStage
+from launch.training import check_model, curve_ends, only_whole, run_engine, tracking, training_data
 from puzzle.config import PretrainConfig
 from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, dense_blocks
 from puzzle.model.checkpoint import build_model, save_model
+from puzzle.model.provider import DirectoryProvider
 
 OBJECTIVE = ObjectiveConfig(lm=1.0)
 
@@ -25,46 +23,43 @@ OBJECTIVE = ObjectiveConfig(lm=1.0)
 def run(config: PretrainStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Train next-token prediction on the data. Writes the model in fp32 with its tokenizer, and ``metrics.jsonl``."""
     pretrain, budget = config.pretrain, config.pretrain.train
+    config.check_processes(distributed.world_size())
     dataset = TokenDataset.open(inputs["data"].path)
     architecture = llama_architecture(pretrain, dataset)
-    batches = Batches(dataset.split("train"), seq_len=budget.seq_len, batch_size=budget.batch_size, seed=config.seed)
-    sequences = dataset.split("validation").first(budget.eval_sequences, budget.seq_len)
-    with Tracker(
-        context.out / "metrics.jsonl",
-        context.tracking,
-        run_name=context.run_name,
-        step_name=context.step_name,
-        stage="pretrain",
-        settings=asdict(config),
-    ) as tracker:
-        model = build_model(architecture, seed=config.seed)
-        result = train(
-            model=model,
-            objective=Objective(config=OBJECTIVE),
-            batches=batches,
-            train=budget,
+    way_out = "raise pretrain.max_positions, or lower it"
+    check_model(architecture, budget, config.engine, role="model", node="pretrain.train", way_out=way_out)
+    data = training_data(dataset, budget, seed=config.seed, node="pretrain.train")
+    with tracking(context, stage="pretrain", config=config) as tracker:
+        initial = _initial_model(architecture, dataset, context.resume / "initial", seed=config.seed)
+        result = run_engine(
+            TrainingSetup(student=initial, objective=OBJECTIVE),
+            data,
             optim=pretrain.optim,
             engine=config.engine,
             seed=config.seed,
             resume_dir=context.resume,
             tracker=tracker,
-            evaluate=partial(
-                evaluate_model,
-                model,
-                sequences,
-                batch_size=micro_batch_size(config.engine, batch_size=budget.batch_size, seq_len=budget.seq_len),
-                chunk_tokens=OBJECTIVE.chunk_tokens,
-            ),
             desc=context.step_name,
+            out=context.out,
         )
-    save_model(model, context.out, architecture=architecture, tokenizer_from=dataset.directory)
-    start, end = result.evaluations[0], result.evaluations[-1]
+    ends = curve_ends(result)
     return StageResult(
-        headline=f"LM loss {start['lm_loss']:.2f} -> {end['lm_loss']:.2f} (token frequencies alone "
+        headline=f"LM loss {ends['start']['lm_loss']:.2f} -> {ends['end']['lm_loss']:.2f} (token frequencies alone "
         f"{dataset.unigram_entropy:.2f}) after {result.tokens:,} tokens",
-        metrics={"start": start, "end": end, "unigram_entropy": dataset.unigram_entropy},
+        metrics={**ends, "unigram_entropy": dataset.unigram_entropy},
         tokens=result.tokens,
     )
+
+
+def _initial_model(
+    architecture: Architecture, dataset: TokenDataset, directory: Path, *, seed: int
+) -> DirectoryProvider:
+    """A random model in ``directory``, with the tokenizer of ``dataset``; engines start from directories."""
+    with only_whole(directory) as partial:
+        if partial is not None and distributed.is_main():
+            model = build_model(architecture, seed=seed)
+            save_model(model, partial, architecture=architecture, tokenizer_from=dataset.directory)
+    return DirectoryProvider(directory)
 
 
 def llama_architecture(pretrain: PretrainConfig, dataset: TokenDataset) -> Architecture:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill.data.batch import Batch
 
 VOCAB_SIZE = 61
 
@@ -35,14 +41,73 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
+@dataclass(frozen=True)
+class LlamaProvider:
+    """A directory that transformers wrote, as engines read it: ``distill.engine.setup.ModelProvider``."""
+
+    directory: Path
+
+    @property
+    def num_blocks(self) -> int:
+        return LlamaConfig.from_pretrained(self.directory).num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def load(self, *, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.directory, dtype=dtype).to(device).eval()
+
+    def empty(self) -> LlamaForCausalLM:
+        raise NotImplementedError("transformers' rotary buffers do not survive the meta device")
+
+    def names(self) -> list[str]:
+        return list(self._tensors())
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors()[name]
+
+    def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        model = self.load(device=torch.device("cpu"), dtype=self.dtype)
+        model.load_state_dict(dict(tensors), strict=False)
+        model.save_pretrained(directory)
+
+    def megatron(self) -> Any:
+        raise NotImplementedError
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return load_file(self.directory / "model.safetensors")
+
+
+@pytest.fixture
+def llama_provider(make_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> Callable[..., LlamaProvider]:
+    """A directory with the model of :func:`make_llama`."""
+
+    def provide(**settings: Any) -> LlamaProvider:
+        directory = tmp_path / "_".join(["llama", *(f"{name}_{value}" for name, value in settings.items())])
+        if not directory.exists():
+            make_llama(**settings).save_pretrained(directory)
+        return LlamaProvider(directory)
+
+    return provide
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomBatches:
     """Token ids from a seed and the step: few distinct sequences, so that a tiny model can learn them."""
 
-    def __init__(self, *, batch_size: int, seq_len: int) -> None:
-        self._shape = (batch_size, seq_len)
+    batch_size: int
+    seq_len: int
 
-    def batch(self, step: int) -> Tensor:
-        return torch.randint(VOCAB_SIZE, self._shape, generator=torch.Generator().manual_seed(step % 3))
+    @property
+    def num_sequences(self) -> int:
+        return 3 * self.batch_size
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        shape = (self.batch_size, self.seq_len)
+        whole = Batch.of(torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(step % 3)))
+        share = self.batch_size // num_ranks
+        return whole.rows(rank * share, (rank + 1) * share)
 
 
 @pytest.fixture

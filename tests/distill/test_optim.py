@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distill.config import OptimConfig
-from distill.optim import build_optimizer, learning_rate
+from distill.optim import build_optimizer, init_optimizer_state, learning_rate, optimizer_tensors
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:
@@ -53,3 +53,22 @@ def test_zero_gradients_leave_zero_padding_at_zero() -> None:
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert torch.equal(weight, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_from_initialised_state_is_the_first_step(fused: bool | None) -> None:
+    """State to load into is the state that AdamW starts from, in the same names and shapes."""
+    results = []
+    for initialise in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+        optimizer = build_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1), fused=fused)
+        if initialise:
+            init_optimizer_state(optimizer)
+            assert all(not value.any() for value in optimizer_tensors(optimizer).values())
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        results.append({**optimizer_tensors(optimizer), **dict(model.named_parameters())})
+    first, initialised = results
+    assert first.keys() == initialised.keys()
+    assert all(torch.equal(first[name], initialised[name]) for name in first)

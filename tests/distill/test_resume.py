@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 from distill import resume
 
@@ -136,3 +137,37 @@ def test_a_failed_write_leaves_earlier_points_whole(tmp_path: Path) -> None:
     point = resume.latest(tmp_path)
     assert point is not None
     assert point.step == 2
+
+
+def test_what_is_written_together_is_a_point_like_any_other(tmp_path: Path) -> None:
+    """One process is all of them."""
+
+    def write(partial: Path) -> None:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "weights").write_bytes(b"1234")
+
+    for step in (1, 2, 3):
+        resume.save_together(tmp_path, step, write=write, state={"step": step})
+    assert _names(tmp_path) == ["step_2", "step_3"]
+    point = resume.latest_together(tmp_path)
+    assert point is not None
+    assert (point.step, point.state) == (3, {"step": 3})
+    (tmp_path / "step_3" / "deep" / "weights").write_bytes(b"1235")
+    with pytest.warns(RuntimeWarning, match="step_3 is damaged and not used: deep/weights does not match its checksum"):
+        point = resume.latest_together(tmp_path)
+    assert point is not None
+    assert point.step == 2
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_an_engine_whose_state_does_not_fit_the_disk_is_told_of_in_one_line(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint wraps the error in one of its own."""
+
+    def write(partial: Path) -> None:
+        writer = checkpoint.FileSystemWriter(partial / "tensors")
+        checkpoint.save({"weight": torch.zeros(1 << 16)}, storage_writer=writer, no_dist=True)
+
+    with pytest.raises(ValueError, match=r"^step_3 could not be written to .*; make room .* from the start$") as error:
+        resume.save_together(tmp_path, 3, write=write, state={})
+    assert "\n" not in str(error.value)
+    assert _names(tmp_path) == []

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
 
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig
-from distill.evaluate import evaluate_model
-from distill.objective import Objective
-from distill.teacher import Teacher
+from distill.data.batch import Batch
+from distill.engine.base import create_engine
+from distill.engine.setup import ModelProvider, TrainingSetup
+from distill.engine.torch_engine import TorchEngine
 from distill.tracking import Tracker
 from distill.trainer import BatchSource, TrainResult, train
 
@@ -27,36 +27,42 @@ NUM_STEPS = 20
 class Lab:
     """Trains tiny students of one teacher in one directory."""
 
-    make_llama: Callable[..., LlamaForCausalLM]
+    provider: Callable[..., ModelProvider]
     batches: BatchSource
     directory: Path
 
+    def engine(self, *, optim: OptimConfig = OPTIM, **student: object) -> TorchEngine:
+        setup = TrainingSetup(
+            student=self.provider(**student),
+            teacher=self.provider(seed=9),
+            objective=ObjectiveConfig(kld=1.0, hidden_cosine=1.0),
+            layer_map=(0, 1),
+        )
+        config = EngineConfig(device="cpu")
+        engine = create_engine(setup, optim=optim, engine=config, batch_size=TRAIN.batch_size, seq_len=TRAIN.seq_len)
+        assert isinstance(engine, TorchEngine)
+        return engine
+
     def run(
         self,
-        student: LlamaForCausalLM,
+        engine: TorchEngine,
         *,
         batches: BatchSource | None = None,
         config: TrainConfig = TRAIN,
         optim: OptimConfig = OPTIM,
         tokens_before: int = 0,
     ) -> TrainResult:
-        teacher = self.make_llama(seed=9)
-        sequences = self.batches.batch(0)
         tracking = TrackingConfig()
         with Tracker(self.metrics_file, tracking, run_name="r", step_name="s", stage="distill", settings={}) as tracker:
             return train(
-                model=student,
-                objective=Objective(
-                    config=ObjectiveConfig(kld=1.0, hidden_cosine=1.0), teacher=Teacher(teacher), layer_map=(0, 1)
-                ),
+                engine,
                 batches=batches or self.batches,
                 train=config,
                 optim=optim,
-                engine=EngineConfig(device="cpu"),
                 seed=3,
                 resume_dir=self.directory / "resume",
                 tracker=tracker,
-                evaluate=lambda: evaluate_model(student, sequences, teacher=teacher, batch_size=4, chunk_tokens=64),
+                held_out=self.batches.batch(0).input_ids,
                 tokens_before=tokens_before,
                 desc="pico",
             )
@@ -73,8 +79,12 @@ class Lab:
 
 
 @pytest.fixture
-def lab(make_llama: Callable[..., LlamaForCausalLM], make_batches: Callable[..., BatchSource], tmp_path: Path) -> Lab:
-    return Lab(make_llama, make_batches(batch_size=4, seq_len=8), tmp_path)
+def lab(llama_provider: Callable[..., ModelProvider], make_batches: Callable[..., BatchSource], tmp_path: Path) -> Lab:
+    return Lab(llama_provider, make_batches(batch_size=4, seq_len=8), tmp_path)
+
+
+def _parameters(engine: TorchEngine) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in engine.student.named_parameters()}
 
 
 @dataclass
@@ -83,24 +93,27 @@ class KilledAt:
 
     batches: BatchSource
     step: int
+    num_sequences: int = 12
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         if step == self.step:
             raise KeyboardInterrupt
-        return self.batches.batch(step)
+        return self.batches.batch(step, rank, num_ranks)
 
 
 def test_training_closes_the_gap_to_the_teacher(lab: Lab) -> None:
-    result = lab.run(lab.make_llama(seed=0), optim=replace(OPTIM, lr=2e-2))
+    optim = replace(OPTIM, lr=2e-2)
+    result = lab.run(lab.engine(seed=0, optim=optim), optim=optim)
     assert result.tokens == NUM_STEPS * 32
     start, end = result.evaluations[0], result.evaluations[-1]
-    assert start.keys() == {"lm_loss", "kld", "top1_agreement_frac"}
+    assert start.keys() == {"lm_loss", "kld", "top1_agreement_frac", "teacher_lm_loss"}
     assert end["kld"] < 0.7 * start["kld"]
+    assert end["teacher_lm_loss"] == start["teacher_lm_loss"]
     assert result.metrics["eval/kld"] == end["kld"]
 
 
 def test_the_curve_has_a_row_per_step_and_per_evaluation(lab: Lab) -> None:
-    result = lab.run(lab.make_llama(seed=0), tokens_before=1000)
+    result = lab.run(lab.engine(seed=0), tokens_before=1000)
     evaluated = [row["tokens"] for row in result.curve if "eval/kld" in row]
     assert evaluated == [1000, 1256, 1512, 1640]  # the start, every 256 tokens, the end
     steps = [row for row in result.curve if "train/loss" in row]
@@ -121,42 +134,48 @@ def _without_clock(curve: list[dict[str, float]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("killed_at", [1, 5, 13, 19])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(lab: Lab, tmp_path: Path, killed_at: int) -> None:
     """Dropout makes the result depend on the random state too."""
-    uninterrupted = lab.make_llama(seed=0, dropout=0.2)
+    uninterrupted = lab.engine(seed=0, dropout=0.2)
     reference = lab.run(uninterrupted)
 
     other = replace(lab, directory=tmp_path / "other")
     other.directory.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        other.run(lab.make_llama(seed=0, dropout=0.2), batches=KilledAt(lab.batches, killed_at))
+        other.run(lab.engine(seed=0, dropout=0.2), batches=KilledAt(lab.batches, killed_at))
     torch.rand(7)
-    resumed = lab.make_llama(seed=0, dropout=0.2)
+    resumed = lab.engine(seed=0, dropout=0.2)
     result = other.run(resumed)
 
-    for (name, parameter), expected in zip(resumed.named_parameters(), uninterrupted.parameters(), strict=True):
-        assert torch.equal(parameter, expected), name
+    expected = _parameters(uninterrupted)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(resumed).items())
     assert _without_clock(result.curve) == _without_clock(reference.curve)
     assert other.rows() == result.curve
 
 
 def test_a_finished_run_is_not_run_again(lab: Lab) -> None:
-    first = lab.make_llama(seed=0)
+    first = lab.engine(seed=0)
     result = lab.run(first)
-    again = lab.make_llama(seed=5)
+    again = lab.engine(seed=5)
     repeated = lab.run(again, batches=KilledAt(lab.batches, 0))
     assert repeated == result
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    expected = _parameters(first)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(again).items())
 
 
 def test_the_newest_two_resume_points_stay(lab: Lab) -> None:
-    lab.run(lab.make_llama(seed=0))
+    lab.run(lab.engine(seed=0))
     assert lab.points() == ["step_15", "step_20"]
 
 
 def test_resume_points_default_to_a_tenth_of_the_budget(lab: Lab) -> None:
     config = replace(TRAIN, resume_every_tokens=0)
     with pytest.raises(KeyboardInterrupt):
-        lab.run(lab.make_llama(seed=0), config=config, batches=KilledAt(lab.batches, 7))
+        lab.run(lab.engine(seed=0), config=config, batches=KilledAt(lab.batches, 7))
     assert lab.points() == ["step_4", "step_6"]
+
+
+def _break(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
 
 
 @dataclass
@@ -165,48 +184,48 @@ class PoisonedAt:
 
     batches: BatchSource
     step: int
-    student: LlamaForCausalLM
+    student: nn.Module
+    num_sequences: int = 12
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         if step == self.step:
-            with torch.no_grad():
-                self.student.model.norm.weight[0] = torch.nan
-        return self.batches.batch(step)
+            _break(self.student)
+        return self.batches.batch(step, rank, num_ranks)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab) -> None:
-    student = lab.make_llama(seed=0)
+    engine = lab.engine(seed=0)
     with pytest.raises(ValueError, match=r"^pico: train/loss is nan at step 8 \(256 tokens\)") as error:
-        lab.run(student, batches=PoisonedAt(lab.batches, 7, student))
+        lab.run(engine, batches=PoisonedAt(lab.batches, 7, engine.student))
+    # Seven steps of 4 sequences came before, of 12 an epoch.
+    assert "on the 4 sequences from number 4 of epoch 2" in str(error.value)
     assert str(lab.directory / "resume" / "step_5") in str(error.value)
     assert lab.points() == ["step_5"]
     assert lab.rows()[-1]["tokens"] == 224  # the last sound step
 
 
 def test_a_student_that_starts_broken_is_refused_before_the_first_step(lab: Lab) -> None:
-    student = lab.make_llama(seed=0)
-    with torch.no_grad():
-        student.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match=r"eval/\w+ is nan at step 0 \(0 tokens\); last good resume point: none"):
-        lab.run(student, batches=KilledAt(lab.batches, 0))
+    engine = lab.engine(seed=0)
+    _break(engine.student)
+    message = r"eval/\w+ is nan at step 0 \(0 tokens\), on held-out sequences; last good resume point: none"
+    with pytest.raises(ValueError, match=message):
+        lab.run(engine, batches=KilledAt(lab.batches, 0))
 
 
-def test_evaluation_is_optional(lab: Lab, tmp_path: Path) -> None:
-    with Tracker(
-        tmp_path / "m.jsonl", TrackingConfig(), run_name="r", step_name="s", stage="pretrain", settings={}
-    ) as tracker:
-        result = train(
-            model=lab.make_llama(seed=0),
-            objective=Objective(config=ObjectiveConfig(lm=1.0)),
-            batches=lab.batches,
-            train=TRAIN,
-            optim=OPTIM,
-            engine=EngineConfig(device="cpu", precision="bf16"),
-            seed=0,
-            resume_dir=tmp_path / "resume",
-            tracker=tracker,
-            evaluate=None,
-            desc="pico",
-        )
+def test_evaluation_and_tracker_are_optional(lab: Lab, tmp_path: Path) -> None:
+    setup = TrainingSetup(student=lab.provider(seed=0), objective=ObjectiveConfig(lm=1.0))
+    config = EngineConfig(device="cpu", precision="bf16")
+    result = train(
+        create_engine(setup, optim=OPTIM, engine=config, batch_size=4, seq_len=8),
+        batches=lab.batches,
+        train=TRAIN,
+        optim=OPTIM,
+        seed=0,
+        resume_dir=tmp_path / "resume",
+        tracker=None,
+        held_out=None,
+        desc="pico",
+    )
     assert result.evaluations == []
     assert result.metrics["train/lm_loss"] > 0
+    assert not lab.metrics_file.exists()

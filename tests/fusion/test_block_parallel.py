@@ -267,7 +267,9 @@ def test_parallel_model_is_evaluated_timed_and_distilled(tmp_path, parent, data)
     assert times.metrics["models"]["parallel"]["decode_ms"] > 0
 
     config = DistillStage(
-        distill=TrainConfig(max_tokens=64 * SEQ_LEN, seq_len=SEQ_LEN, batch_size=8, eval_sequences=4),
+        distill=TrainConfig(
+            max_tokens=64 * SEQ_LEN, seq_len=SEQ_LEN, batch_size=8, eval_sequences=4, data_end="repeat"
+        ),
         objective=ObjectiveConfig(kld=1.0, hidden_cosine=1.0, chunk_tokens=64),
         optim=OptimConfig(lr=1e-3),
         engine=ENGINE,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.config import EngineConfig, OptimConfig, TrackingConfig, TrainConfig
+from distill.data.batch import Batch
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import tokenizer_sha256
 from distill.engine.base import resolve_dtype
@@ -43,6 +44,7 @@ SEQ_LEN = 24
 BATCH_TOKENS = 4 * SEQ_LEN
 TRAIN = TrainConfig(
     max_tokens=12 * BATCH_TOKENS,
+    data_end="repeat",
     seq_len=SEQ_LEN,
     batch_size=4,
     eval_every_tokens=6 * BATCH_TOKENS,
@@ -67,11 +69,11 @@ class ToyBatches:
         self.dies_at = dies_at
         self.steps: list[int] = []
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
         if step == self.dies_at:
             raise KeyboardInterrupt
         self.steps.append(step)
-        return random_tokens(step)
+        return Batch.of(random_tokens(step))
 
 
 def settings_of(**fields: Any) -> BldSettings:

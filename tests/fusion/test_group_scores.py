@@ -135,12 +135,12 @@ def compiled_scores(monkeypatch, model, architecture, **fields):
     compile_ = torch.compile
     block_options = []
 
-    def compile_block(module, **options):
-        block_options.append(options)
-        module._compiled_call_impl = compile_(module._call_impl, backend="eager", **options)
+    def compile_eagerly(function, **options):
+        if isinstance(getattr(function, "__self__", None), nn.Module):
+            block_options.append(options)
+        return compile_(function, backend="eager", **options)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
-    monkeypatch.setattr(nn.Module, "compile", compile_block)
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     monkeypatch.setattr(score_metrics, "_compiled", lambda: score_metrics._of_logits)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -123,7 +123,8 @@ def metrics_file(start: float, end: float, tokens_before: int, num_tokens: int) 
         lm_loss = end + (start - end) * math.exp(-point / 2)
         tokens = tokens_before + num_tokens * point // 8
         rows += [{"tokens": tokens, "train/kld": 1.0, "optim/lr": 1e-3}]
-        rows += [{"tokens": tokens, "eval/lm_loss": lm_loss, "eval/kld": lm_loss - 3.4}]
+        held_out = {"lm_loss": lm_loss, "kld": lm_loss - 3.4, "top1_agreement_frac": 1 - (lm_loss - 3.4) / 2}
+        rows += [{"tokens": tokens, **{f"eval/{name}": value for name, value in held_out.items()}}]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
-import pytest
+from dataclasses import fields
 
+import pytest
+import yaml
+
+from distill.config import EngineConfig
 from launch.config import (
     CONF,
     PipelineConfig,
@@ -22,8 +26,10 @@ from launch.stage_configs import (
     DistillStage,
     EvaluateStage,
     ExportStage,
+    ExtendContextStage,
     FuseStage,
     ImportParentStage,
+    PrepareDataStage,
     PretrainStage,
 )
 
@@ -43,6 +49,62 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         assert config.distill.max_tokens > 0
 
 
+TRAINING_STAGES = (DistillStage, ExtendContextStage, PretrainStage)
+
+
+@pytest.mark.parametrize("config_class", TRAINING_STAGES)
+def test_every_engine_trains_on_two_processes(config_class: type) -> None:
+    names = [file.stem for file in sorted((CONF / "engine").glob("*.yaml"))]
+    assert names == ["deepspeed_zero2", "deepspeed_zero3", "megatron", "torch", "torch_bf16", "torch_fsdp"]
+    for name in names:
+        compose_stage(config_class, [f"engine={name}"]).check_processes(2)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted((CONF / "engine").glob("*.yaml"))])
+def test_an_engine_names_every_setting(name: str) -> None:
+    """A setting that it leaves out could not be given on the command line."""
+    content = yaml.safe_load((CONF / "engine" / f"{name}.yaml").read_text())
+    assert content.keys() == {field.name for field in fields(EngineConfig)}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "overrides", "message"),
+    [
+        (DistillStage, ["distill.batch_size=15"], r"distill.batch_size=15 .* set distill.batch_size=14 or 16"),
+        (PretrainStage, ["pretrain.train.batch_size=1"], r"pretrain.train.batch_size=1 .*=2, or start 1 process$"),
+        (
+            ExtendContextStage,
+            ["engine.sequence_parallel=2", "extend_context.phases=[{seq_len: 1023, max_tokens: 9999, batch_size: 1}]"],
+            r"extend_context.phases\[0\].seq_len=1023 does not divide; .*seq_len=1022 or 1024",
+        ),
+        (DistillStage, ["engine=megatron", "engine.pipeline_parallel=2"], r"needs a multiple of 4 processes, got 2"),
+    ],
+)
+def test_what_two_processes_cannot_deal(config_class: type, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_stage(config_class, overrides).check_processes(2)
+
+
+def test_distill_has_one_teacher() -> None:
+    config = compose_stage(DistillStage, [])
+    config.check_inputs({"student", "teacher", "data"})
+    for names in ({"student", "data"}, {"student", "teacher", "signals", "data"}):
+        with pytest.raises(ValueError, match=r"either inputs.teacher=<model>.* or inputs.signals="):
+            config.check_inputs(names)
+    with pytest.raises(ValueError, match=r"objective.hidden_cosine=1.0 compares hidden states"):
+        config.check_inputs({"student", "signals", "data"})
+    compose_stage(DistillStage, ["objective=kld"]).check_inputs({"student", "signals", "data"})
+
+
+def test_generated_text_needs_its_source_and_its_input() -> None:
+    generated = compose_stage(PrepareDataStage, ["data.sources=[{kind: generated}]"])
+    generated.check_inputs({"parent", "generated"})
+    with pytest.raises(ValueError, match=r"a source of kind=generated, and the input `generated` .* is not given"):
+        generated.check_inputs({"parent"})
+    with pytest.raises(ValueError, match=r"no source of kind=generated, and the input `generated` .* is given"):
+        compose_stage(PrepareDataStage, []).check_inputs({"parent", "generated"})
+
+
 def test_stage_and_pipeline_names_are_disjoint() -> None:
     assert not set(pipeline_names()) & set(STAGES)
 
@@ -54,12 +116,16 @@ def test_stage_and_pipeline_names_are_disjoint() -> None:
         (["engin=torch"], "unknown key or group 'engin'; did you mean 'engine'?"),
         (
             ["engine=torhc"],
-            "unknown option 'torhc' of group 'engine'; did you mean 'torch'?; options are torch, torch_bf16",
+            "unknown option 'torhc' of group 'engine'; did you mean 'torch'?; options are deepspeed_zero2, ",
         ),
         (["optim.lr=fast"], 'wrong value type for field "optim.lr"'),
         (["optim.lr=-1"], "optim.lr must be > 0, got -1.0"),
         (["distill.seq_len=1"], "seq_len must be >= 2"),
         (["distill.max_tokens=10"], "max_tokens=10 is less than one step"),
+        (["engine.tensor_parallel=2"], "engine.tensor_parallel=2 and engine.pipeline_parallel=1 are megatron's"),
+        (["engine=megatron", "engine.compile=true"], "engine.compile=true is no option of engine.name=megatron"),
+        (["engine=deepspeed_zero2", "engine.offload_activations=true"], "set engine.recompute=true"),
+        (["engine.name=torhc"], 'wrong value type for field "engine.name"'),
         (["objective.kld=0", "objective.hidden_cosine=0"], "objective has no term"),
     ],
 )

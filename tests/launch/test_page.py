@@ -15,6 +15,7 @@ FIGURES = {
     "Pareto front",
     "recovery of KLD",
     "recovery of LM loss",
+    "recovery of agreement",
     "dependency matrix",
     "direction change",
     "replace-1-block scores",

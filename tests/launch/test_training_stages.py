@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -28,15 +28,19 @@ from distill.config import (
     RopeConfig,
     TrainConfig,
 )
+from distill.data.batch import Batch
 from distill.data.dataset import Batches
-from distill.data.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
-from launch.artifact import Artifact, Manifest, Recipe, commit
+from distill.data.tokenizer import load_tokenizer, train_tokenizer
+from distill.teacher_cache import TeacherCacheConfig
+from launch import training
+from launch.artifact import Artifact
 from launch.stage import StageContext, StageResult
-from launch.stage_configs import DistillStage, ExtendContextStage, PretrainStage
-from launch.stages import distill, extend_context, pretrain
+from launch.stage_configs import CacheTeacherStage, DistillStage, ExtendContextStage, PretrainStage
+from launch.stages import cache_teacher, distill, extend_context, pretrain
 from puzzle.config import PretrainConfig
-from puzzle.model.architecture import NO_ATTENTION, Architecture
-from puzzle.model.checkpoint import TensorReader, build_model, load_model, read_architecture, save_model
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
+from tests.launch.training_inputs import commit_artifact, write_data, write_student, write_teacher
 
 OPTIM = OptimConfig(lr=5e-4)
 ENGINE = EngineConfig(device="cpu")
@@ -53,93 +57,19 @@ DISTILL = DistillStage(
 )
 
 
-def _commit(path: Path, kind: str, tokens: dict[str, int] | None = None) -> Artifact:
-    recipe = Recipe(stage=kind, stage_version=1, config={})
-    return commit(
-        path,
-        Manifest(
-            kind=kind,
-            stage=kind,
-            stage_version=1,
-            fingerprint=recipe.fingerprint,
-            config={},
-            externals={},
-            inputs={},
-            files=(),
-            headline="",
-            metrics={},
-            tokens=tokens or {},
-            seconds=0.0,
-            provenance={},
-            created_at="",
-        ),
-    )
-
-
-def _toy_language(num_tokens: int, vocab_size: int, seed: int) -> np.ndarray:
-    """Each token is followed by its double plus one, but for one in eight."""
-    rng = np.random.default_rng(seed)
-    tokens, noise = [1], rng.random(num_tokens)
-    for index in range(1, num_tokens):
-        following = (2 * tokens[-1] + 1) % 64
-        tokens.append(int(rng.integers(64)) if noise[index] < 0.125 else following)
-    return np.asarray(tokens, dtype=np.uint16) % vocab_size
-
-
 @pytest.fixture(scope="module")
-def make_data(pico_parent_dir: Path) -> Callable[..., Artifact]:
-    """Builds a data artifact in the pico parent's vocabulary."""
-
-    def make(directory: Path, *, train_tokens: int = 8192, validation_tokens: int = 1024) -> Artifact:
-        directory.mkdir()
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(pico_parent_dir / file, directory / file)
-        vocab_size = len(load_tokenizer(directory))
-        for seed, (name, length) in enumerate((("train", train_tokens), ("validation", validation_tokens))):
-            np.save(directory / f"{name}.npy", _toy_language(length, vocab_size, seed))
-        summary = {
-            "vocab_size": vocab_size,
-            "eos_token_id": 0,
-            "tokenizer_sha256": tokenizer_sha256(directory),
-            "unigram_entropy_nats": 4.2,
-        }
-        (directory / "data.json").write_text(json.dumps(summary))
-        return _commit(directory, "data")
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def data(make_data: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_data(tmp_path_factory.mktemp("data") / "artifact")
+def data(pico_parent_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return write_data(tmp_path_factory.mktemp("data") / "artifact", pico_parent_dir)
 
 
 @pytest.fixture(scope="module")
 def teacher(pico_parent_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The pico parent with larger weights: what its attention says matters, and it prefers some tokens to others."""
-    directory = tmp_path_factory.mktemp("teacher") / "artifact"
-    model = load_model(pico_parent_dir)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter *= 5
-    architecture = read_architecture(pico_parent_dir)
-    save_model(model, directory, architecture=architecture, tokenizer_from=pico_parent_dir)
-    return _commit(directory, "model")
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "artifact", pico_parent_dir)
 
 
 @pytest.fixture(scope="module")
 def student(teacher: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The teacher without the attention of its two middle blocks, in bf16, with some distillation behind it."""
-    directory = tmp_path_factory.mktemp("student") / "artifact"
-    parent = read_architecture(teacher.path)
-    architecture = parent
-    for index in (1, 2):
-        architecture = architecture.with_block(index, replace(parent.blocks[index], attention=NO_ATTENTION))
-    model = build_model(architecture, seed=0)
-    model.load_state_dict(load_model(teacher.path).state_dict(), strict=False)
-    save_model(model, directory, architecture=architecture, tokenizer_from=teacher.path, dtype=torch.bfloat16)
-    return _commit(directory, "model", tokens={"pretrain": 7, "build_library": 9, "distill": 100})
+    return write_student(tmp_path_factory.mktemp("student") / "artifact", teacher.path)
 
 
 @pytest.fixture
@@ -166,8 +96,7 @@ def _weights_sha256(context: StageContext) -> str:
 @pytest.fixture
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test where weights are loaded: errors of configuration come before that."""
-    for stage in (distill, extend_context):
-        monkeypatch.setattr(stage, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training, "create_engine", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 # pretrain
@@ -203,6 +132,21 @@ def test_pretrain_learns_the_language(data: Artifact, context: StageContext) -> 
     assert architecture.token_ids["eos_token_id"] == load_tokenizer(data.path).eos_token_id
     assert load_model(context.out).dtype == torch.float32
     assert [row["tokens"] for row in _curve(context) if "eval/lm_loss" in row] == [0, 4096]
+
+
+def test_pretrain_begins_anew_where_the_first_model_was_half_written(
+    data: Artifact, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object, directory: Path, **__: object) -> None:
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(PRETRAIN, {"data": data}, context)
+    assert not (context.resume / "initial").exists()
+    assert pretrain.run(PRETRAIN, {"data": data}, context).tokens == 4096
 
 
 @pytest.mark.parametrize(
@@ -263,17 +207,22 @@ def test_distill_refuses_sequences_beyond_the_positions(inputs: dict[str, Artifa
 @pytest.mark.usefixtures("_no_weights")
 @pytest.mark.parametrize(
     ("train_tokens", "validation_tokens", "message"),
-    [(15, 1024, "longer than the train split of 15 tokens"), (1024, 60, "4 sequences of 16 tokens .* which has 3")],
+    [
+        (15, 1024, "longer than the train split of 15 tokens"),
+        (4096, 60, "4 sequences of 16 tokens .* which has 3"),
+        (1024, 1024, "distill.max_tokens=1280 is beyond the data: 64 sequences .* distill.data_end=repeat"),
+    ],
 )
 def test_distill_refuses_data_that_is_too_short(
     inputs: dict[str, Artifact],
     context: StageContext,
-    make_data: Callable[..., Artifact],
+    pico_parent_dir: Path,
     train_tokens: int,
     validation_tokens: int,
     message: str,
 ) -> None:
-    short = make_data(context.out.parent / "short", train_tokens=train_tokens, validation_tokens=validation_tokens)
+    counts = {"train_tokens": train_tokens, "validation_tokens": validation_tokens}
+    short = write_data(context.out.parent / "short", pico_parent_dir, **counts)
     with pytest.raises(ValueError, match=message):
         distill.run(DISTILL, {**inputs, "data": short}, context)
 
@@ -290,9 +239,9 @@ def test_distill_refuses_data_of_another_tokenizer(inputs: dict[str, Artifact], 
 def test_blocks_are_paired_by_the_last_parent_block_that_they_stand_for(pico_architecture: Architecture) -> None:
     first, _, third, last = pico_architecture.blocks
     fused = pico_architecture.with_blocks((first, replace(third, parent_block_indices=(1, 2)), last))
-    assert distill.paired_blocks(fused, pico_architecture, GKD) == (0, 2, 3)
-    assert distill.paired_blocks(fused, fused, GKD) == (0, 1, 2)
-    assert distill.paired_blocks(fused, pico_architecture, ObjectiveConfig(kld=1.0)) == ()
+    assert training.paired_blocks(fused, pico_architecture, GKD) == (0, 2, 3)
+    assert training.paired_blocks(fused, fused, GKD) == (0, 1, 2)
+    assert training.paired_blocks(fused, pico_architecture, ObjectiveConfig(kld=1.0)) == ()
 
 
 def test_models_that_cannot_be_paired_are_refused(pico_architecture: Architecture) -> None:
@@ -305,7 +254,50 @@ def test_models_that_cannot_be_paired_are_refused(pico_architecture: Architectur
         (replace(pico_architecture, hidden_dim=32), pico_architecture, "hidden states of 32 channels .* and 64"),
     ):
         with pytest.raises(ValueError, match=message):
-            distill.paired_blocks(student, teacher, GKD)
+            training.paired_blocks(student, teacher, GKD)
+
+
+def test_distill_on_one_pass_of_short_data(
+    inputs: dict[str, Artifact], context: StageContext, pico_parent_dir: Path
+) -> None:
+    short = write_data(context.out.parent / "short", pico_parent_dir, train_tokens=1050)
+    config = replace(DISTILL, distill=replace(DISTILL.distill, data_end="stop"))
+    assert distill.run(config, {**inputs, "data": short}, context).tokens == 1024
+
+
+def test_distill_writes_what_the_parent_says_of_the_held_out_tokens(
+    inputs: dict[str, Artifact], context: StageContext
+) -> None:
+    result = distill.run(DISTILL, inputs, context)
+    points = [row for row in _curve(context) if "eval/kld" in row]
+    names = {"eval/lm_loss", "eval/kld", "eval/top1_agreement_frac", "eval/teacher_lm_loss"}
+    assert all(names <= row.keys() for row in points)
+    # The teacher does not move, and its loss is told once.
+    assert {row["eval/teacher_lm_loss"] for row in points} == {result.metrics["teacher"]["lm_loss"]}
+    assert result.metrics["end"].keys() == {"lm_loss", "kld", "top1_agreement_frac"}
+
+
+def test_signals_teach_as_the_teacher_that_they_are_of(
+    inputs: dict[str, Artifact], data: Artifact, teacher: Artifact, tmp_path: Path
+) -> None:
+    """With all of the vocabulary but one token cached."""
+    cache = TeacherCacheConfig(seq_len=16, max_tokens=8192, top_k=319, eval_sequences=4)
+    cached = _context(tmp_path / "cache")
+    cache_teacher.run(CacheTeacherStage(teacher_cache=cache, engine=ENGINE), {"teacher": teacher, "data": data}, cached)
+    signals = commit_artifact(cached.out, "teacher_signals")
+    config = replace(DISTILL, objective=ObjectiveConfig(kld=1.0))
+    from_signals, online = _context(tmp_path / "signals"), _context(tmp_path / "online")
+    given = {"student": inputs["student"], "data": data, "signals": signals}
+    result = distill.run(config, given, from_signals)
+    expected = distill.run(config, inputs, online)
+    for name, value in expected.metrics["end"].items():
+        # fp16 log-probabilities: 11 bits of values up to about 10.
+        assert result.metrics["end"][name] == pytest.approx(value, abs=5e-3), name
+    assert result.metrics["teacher"]["lm_loss"] == pytest.approx(expected.metrics["teacher"]["lm_loss"], abs=1e-4)
+    with pytest.raises(ValueError, match=r"either inputs.teacher=.* or inputs.signals=.* got .* and inputs.signals"):
+        distill.run(config, {**given, "teacher": teacher}, _context(tmp_path / "both"))
+    with pytest.raises(ValueError, match=r"objective.hidden_cosine=1.0 compares hidden states"):
+        distill.run(DISTILL, given, _context(tmp_path / "hidden"))
 
 
 # SIGKILL
@@ -322,7 +314,7 @@ def run_until_killed(root: str, moment: str, *inputs: str) -> None:
     torch.set_num_threads(1)
     if moment == "within a step":
         batch = Batches.batch
-        Batches.batch = lambda self, step: wait() if step == 13 else batch(self, step)  # type: ignore[method-assign]
+        Batches.batch = lambda self, step, *ranks: wait() if step == 13 else batch(self, step, *ranks)  # type: ignore[method-assign]
     else:
         resume._fsync = lambda path: wait() if path.parent.name == "step_12.tmp" else None
     artifacts = dict(argument.split("=", 1) for argument in inputs)
@@ -407,6 +399,10 @@ def test_extend_context_changes_positions_and_rope(student: Artifact, data: Arti
     assert result.metrics["phases"][1]["teacher"] == {}
     assert result.metrics["phases"][0]["end"]["lm_loss"] < result.metrics["phases"][0]["start"]["lm_loss"]
     assert result.headline.endswith("at 512 tokens of context")
+    # What the second phase starts from is not rounded to the data type that the student came in.
+    for directory, dtype in ((context.resume / "phase_0_model", torch.float32), (context.out, torch.bfloat16)):
+        with TensorReader(directory) as reader:
+            assert {reader.dtype(name) for name in reader.names()} == {dtype}
     assert [row["tokens"] for row in _curve(context) if "eval/lm_loss" in row] == [100, 612, 612, 2660]
 
 
@@ -437,17 +433,17 @@ def test_finished_phases_are_not_repeated(
 
     batch, seen = Batches.batch, []
 
-    def interrupting(self: Batches, step: int) -> torch.Tensor:
-        tokens = batch(self, step)
-        seen.append((tokens.shape[1], step))
+    def interrupting(self: Batches, step: int, *ranks: int) -> Batch:
+        sequences = batch(self, step, *ranks)
+        seen.append((sequences.input_ids.shape[1], step))
         if seen[-1] == (512, 2):
             raise KeyboardInterrupt
-        return tokens
+        return sequences
 
     monkeypatch.setattr(Batches, "batch", interrupting)
     with pytest.raises(KeyboardInterrupt):
         _extend(EXTEND, inputs, interrupted)
-    monkeypatch.setattr(Batches, "batch", lambda self, step: seen.append(step) or batch(self, step))
+    monkeypatch.setattr(Batches, "batch", lambda self, step, *ranks: seen.append(step) or batch(self, step, *ranks))
     seen.clear()
     shutil.rmtree(interrupted.out)
     result = _extend(EXTEND, inputs, _context(tmp_path / "interrupted"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.config import EngineConfig, OptimConfig, TrackingConfig, TrainConfig
+from distill.data.batch import Batch
 from distill.engine.base import resolve_dtype
 from distill.tracking import Tracker
 from puzzle import bld, group_training
@@ -42,11 +43,11 @@ class ToyBatches:
         self.dies_at = dies_at
         self.steps: list[int] = []
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
         if step == self.dies_at:
             raise KeyboardInterrupt
         self.steps.append(step)
-        return torch.randint(0, 320, (4, 24), generator=torch.Generator().manual_seed(step))
+        return Batch.of(torch.randint(0, 320, (4, 24), generator=torch.Generator().manual_seed(step)))
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from distill.data.dataset import Batches, TokenDataset, TokenSplit
+from distill.config import TrainConfig
+from distill.data.batch import IGNORE_INDEX, Batch
+from distill.data.dataset import Batches, TokenDataset, TokenSplit, documents_apart, within_data
 
 
 def _split(num_tokens: int) -> TokenSplit:
@@ -54,17 +57,17 @@ def test_large_token_ids_survive() -> None:
 
 def test_batch_is_a_pure_function_of_the_step() -> None:
     forward = Batches(_split(103), seq_len=10, batch_size=3, seed=7)
-    in_order = [forward.batch(step) for step in range(20)]
+    in_order = [forward.batch(step).input_ids for step in range(20)]
     fresh = Batches(_split(103), seq_len=10, batch_size=3, seed=7)
     for step in (19, 0, 5, 5, 12):
-        assert torch.equal(fresh.batch(step), in_order[step])
+        assert torch.equal(fresh.batch(step).input_ids, in_order[step])
     other_seed = Batches(_split(103), seq_len=10, batch_size=3, seed=8)
-    assert not all(torch.equal(other_seed.batch(step), in_order[step]) for step in range(5))
+    assert not all(torch.equal(other_seed.batch(step).input_ids, in_order[step]) for step in range(5))
 
 
 def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
     batches = Batches(_split(103), seq_len=10, batch_size=3, seed=0)
-    firsts = [int(row[0]) for step in range(10) for row in batches.batch(step)]
+    firsts = [int(row[0]) for step in range(10) for row in batches.batch(step).input_ids]
     epochs = [firsts[start : start + 10] for start in range(0, 30, 10)]
     for epoch in epochs:
         assert Counter(epoch) == Counter(range(0, 100, 10))
@@ -72,9 +75,81 @@ def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
 
 
 def test_a_batch_larger_than_an_epoch_repeats() -> None:
-    assert Batches(_split(25), seq_len=10, batch_size=5, seed=0).batch(0).shape == (5, 10)
+    assert Batches(_split(25), seq_len=10, batch_size=5, seed=0).batch(0).input_ids.shape == (5, 10)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 6])
+def test_the_ranks_together_see_what_one_process_sees(num_ranks: int) -> None:
+    settings = {"seq_len": 10, "batch_size": 6, "seed": 3, "separate_documents": True, "eos_token_id": 44}
+    alone = Batches(_split(103), **settings)
+    for step in (4, 0, 1):
+        whole = alone.batch(step)
+        # Each rank has a source of its own, as in a run that was resumed with more processes.
+        shares = [Batches(_split(103), **settings).batch(step, rank, num_ranks) for rank in range(num_ranks)]
+        for name in ("input_ids", "labels", "position_ids", "sequence_ids"):
+            assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
+
+
+def test_sequences_are_numbered_as_in_their_split() -> None:
+    split = _split(103)
+    batch = Batches(split, seq_len=10, batch_size=4, seed=0).batch(1)
+    assert torch.equal(split.sequences(10, batch.sequence_ids.tolist()), batch.input_ids)
+    assert batch.labels[:, :-1].equal(batch.input_ids[:, 1:])
+    assert batch.labels[:, -1].eq(IGNORE_INDEX).all()
+    assert batch.position_ids.tolist() == [list(range(10))] * 4
+    assert not batch.separate_documents
+
+
+def test_batches_of_the_first_sequences_alone() -> None:
+    batches = Batches(_split(103), seq_len=10, batch_size=2, seed=0, num_sequences=4)
+    assert batches.num_sequences == 4
+    assert sorted(i for step in (0, 1) for i in batches.batch(step).sequence_ids.tolist()) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="11 sequences of 10 tokens asked of the train split, which has 10"):
+        Batches(_split(103), seq_len=10, batch_size=2, seed=0, num_sequences=11)
+
+
+def test_documents_apart() -> None:
+    eos, ignored = 9, IGNORE_INDEX
+    batch = documents_apart(Batch.of(torch.tensor([[1, 2, 9, 3, 9, 9, 4, 5], [9, 1, 2, 3, 4, 5, 6, 9]])), eos)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+    # The end-of-text token is predicted, and predicts nothing: neither does the end of the sequence.
+    assert batch.labels.tolist() == [
+        [2, 9, ignored, 9, ignored, ignored, 5, ignored],
+        [ignored, 2, 3, 4, 5, 6, 9, ignored],
+    ]
+    assert batch.separate_documents
+    assert int(batch.num_targets()) == 10
 
 
 def test_split_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="seq_len=200 is longer than the train split of 103 tokens"):
         Batches(_split(103), seq_len=200, batch_size=1, seed=0)
+
+
+TRAIN = TrainConfig(max_tokens=400, seq_len=10, batch_size=4)
+"""Ten steps: 40 sequences."""
+
+
+def test_a_budget_within_the_data_stays() -> None:
+    for data_end in ("refuse", "repeat", "stop"):
+        train = replace(TRAIN, data_end=data_end)
+        assert within_data(train, 40, where="distill") == train
+
+
+def test_a_budget_beyond_the_data_is_refused_with_the_choices() -> None:
+    message = (
+        r"distill\.max_tokens=400 is beyond the data: 39 sequences of 10 tokens fill 9 steps \(360 tokens\) .*"
+        r"distill\.data_end=repeat .* distill\.data_end=stop .* raise data\.train_tokens to 400"
+    )
+    with pytest.raises(ValueError, match=message):
+        within_data(TRAIN, 39, where="distill")
+
+
+def test_a_budget_beyond_the_data_repeats_or_stops() -> None:
+    repeat, stop = replace(TRAIN, data_end="repeat"), replace(TRAIN, data_end="stop")
+    assert within_data(repeat, 39, where="distill") == repeat
+    stopped = within_data(stop, 39, where="distill")
+    assert stopped == replace(stop, max_tokens=360)
+    assert stopped.num_steps == 9
+    with pytest.raises(ValueError, match=r"3 sequences of 10 tokens do not fill one step of distill\.batch_size=4"):
+        within_data(stop, 3, where="distill")

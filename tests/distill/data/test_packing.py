@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,27 +99,47 @@ def test_duplicates_within_and_across_sources_are_dropped(
     copies = [tmp_path / f"copy_{i}.jsonl" for i in range(num_sources)]
     for copy in copies:
         copy.write_text(rows.read_text() * 2)
-    _prepare(_config(*copies, train_tokens=10**6, allow_fewer_tokens=True), tmp_path / "out")
+    _prepare(_config(*copies, train_tokens=10**6), tmp_path / "out")
     documents = [d for split in ("train", "validation", "calibration") for d in _documents(tmp_path / "out", split)]
     assert least < len(documents) == len(set(documents)) <= 300
 
 
-def test_too_little_text_is_refused_with_both_numbers(rows: Path, tmp_path: Path) -> None:
-    data = _config(rows, train_tokens=10**6)
-    with pytest.raises(
-        ValueError, match=r"data\.train_tokens=1000000 asked, \d+ found: .*data\.allow_fewer_tokens=true"
-    ):
-        _prepare(data, tmp_path / "out")
-    summary = _prepare(replace(data, allow_fewer_tokens=True), tmp_path / "fewer")
+def test_a_short_train_split_says_which_source_ended_it(rows: Path, tmp_path: Path) -> None:
+    summary = _prepare(_config(rows, train_tokens=10**6), tmp_path / "fewer")
     tokens = np.load(tmp_path / "fewer" / "train.npy", allow_pickle=False)
-    assert len(tokens) == summary["splits"]["train"]["num_tokens"] < 10**6
+    assert 0 < len(tokens) == summary["splits"]["train"]["num_tokens"] < 10**6
+    assert summary["ended_by"] == f"text {rows}"
     assert sorted(file.suffix for file in (tmp_path / "fewer").iterdir()).count(".npy") == 3
+    assert _prepare(_config(rows), tmp_path / "enough")["ended_by"] is None
 
 
-def test_too_little_held_out_text_is_refused_even_with_fewer_tokens_allowed(rows: Path, tmp_path: Path) -> None:
-    data = _config(rows, validation_tokens=10**6, allow_fewer_tokens=True)
-    with pytest.raises(ValueError, match=r"data\.validation_tokens=1000000 asked"):
-        _prepare(data, tmp_path / "out")
+def test_too_little_held_out_text_is_refused_with_both_numbers(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.validation_tokens=1000000 asked, \d+ found: source text"):
+        _prepare(_config(rows, validation_tokens=10**6), tmp_path / "out")
+
+
+def test_long_documents_alone(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    files = tmp_path / "files"
+    files.mkdir()
+    for index in range(60):
+        num_words = 4_000 if index % 2 else 400
+        text = f"file {index}\n" + "".join(f"{rng.choice(WORDS)}\n\n" for _ in range(num_words))
+        (files / f"{index:02d}.txt").write_text(text)
+    settings = {"train_tokens": 60_000, "validation_tokens": 15_000, "calibration_tokens": 15_000}
+    summary = _prepare(_config(files, long_document_tokens=2_000, **settings), tmp_path / "long")
+    tokenizer = load_tokenizer(tmp_path / "long")
+    for split in ("train", "validation", "calibration"):
+        *whole, _cut = _documents(tmp_path / "long", split)
+        for document in whole:
+            assert len(document) >= 2_000
+            text = tokenizer.decode(document[:-1])
+            name = text.split("\n", 1)[0].removeprefix("file ")
+            assert text == (files / f"{int(name):02d}.txt").read_text()
+    assert summary["sources"][0]["train_tokens"] == 60_000
+    message = r"ended after 0 tokens and 60 documents below data\.long_document_tokens=100000; .* lower data\.long_doc"
+    with pytest.raises(ValueError, match=message):
+        _prepare(_config(files, long_document_tokens=100_000, **settings), tmp_path / "longer")
 
 
 def test_mixture_follows_the_weights_and_names_the_source_that_ends_it(tmp_path: Path) -> None:
@@ -131,8 +150,21 @@ def test_mixture_follows_the_weights_and_names_the_source_that_ends_it(tmp_path:
     large, small = (source["train_tokens"] for source in summary["sources"])
     # The hash decides which documents of the small source are held out: a few of the 8 that are read.
     assert 0.05 < small / (large + small) < 0.15
-    with pytest.raises(ValueError, match=r"source text \S+small\.jsonl \(weight 9\) ended after"):
-        _prepare(_config(*paths, weights=(1.0, 9.0), train_tokens=20_000), tmp_path / "dry")
+    budgets = {"train_tokens": 20_000, "validation_tokens": 200, "calibration_tokens": 50}
+    dry = _prepare(_config(*paths, weights=(1.0, 9.0), **budgets), tmp_path / "dry")
+    assert dry["ended_by"] == f"text {paths[1]}"
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (6.0, 3.0, 1.0)])
+def test_tokens_of_three_sources_follow_their_weights(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for seed, path in enumerate(paths):
+        _write_rows(path, 600, seed=seed, mark=path.stem)
+    summary = _prepare(_config(*paths, weights=weights, train_tokens=30_000), tmp_path / "out")
+    for source, weight in zip(summary["sources"], weights, strict=True):
+        share = source["train_tokens"] / 30_000
+        # A quarter of the documents may be held out, by hash: some more of one source than of another.
+        assert share == pytest.approx(weight / sum(weights), rel=0.25)
 
 
 def test_held_out_tokens_do_not_depend_on_the_train_budget(rows: Path, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import lzma
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distill.config import SourceConfig
+from distill.config import DataConfig, SourceConfig
 from distill.data.sources import (
     documents,
     interleave,
@@ -167,3 +168,32 @@ def test_interleave_follows_the_weights() -> None:
 def test_interleave_ends_with_the_first_dry_stream() -> None:
     merged = list(interleave([iter("a" * 3), iter("b" * 100)], [1.0, 1.0], size=len))
     assert "".join(item for _, item in merged) == "ababab"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "text"}, "kind=text needs a path"),
+        ({"kind": "hub"}, "kind=hub needs a path"),
+        ({"kind": "python_stdlib", "path": "x"}, "kind=python_stdlib has no use for path=x"),
+        ({"kind": "text", "path": "x", "revision": "v1"}, "revision=v1 is for kind=hub, got kind=text"),
+        ({"kind": "generated", "subset": "en"}, "subset=en is for kind=hub, got kind=generated"),
+        ({"kind": "python_stdlib", "weight": 0.0}, "weight must be > 0, got 0.0"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(**settings)
+
+
+def test_a_source_that_is_there_twice_is_refused() -> None:
+    sources = (SourceConfig(kind="python_stdlib"), SourceConfig(kind="python_stdlib", weight=2.0))
+    with pytest.raises(ValueError, match=r"kind=python_stdlib path=None is there twice; .* sum of the weights"):
+        DataConfig(sources=sources, train_tokens=1, validation_tokens=1, calibration_tokens=1)
+
+
+def test_whole_files_are_not_cut(tmp_path: Path) -> None:
+    text = "".join(f"{letter * 5000}\n\n" for letter in "abc")
+    (tmp_path / "long.txt").write_text(text)
+    source = SourceConfig(kind="text", path=str(tmp_path / "long.txt"))
+    assert list(documents(source, seed=0, whole_files=True)) == [text]

@@ -1,0 +1,102 @@
+"""Which models can be dealt how: heads, widths, vocabulary and blocks against an engine's ranks. Torch-free.
+
+What depends on the processes and on the batch stands in :mod:`distill.engine.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from distill.config import EngineConfig, require
+from puzzle.model.architecture import Architecture
+
+Reason = Callable[[Architecture, int], "str | None"]
+"""Why a model cannot be dealt over so many ranks; None: it can."""
+
+
+def check_parallelism(architecture: Architecture, engine: EngineConfig, *, role: str = "model") -> None:
+    """Compare a model with the ranks that it is to be dealt over.
+
+    Args:
+        architecture: of the model.
+        engine: what runs it.
+        role: what the model is called in errors: student, teacher.
+
+    Raises:
+        ValueError: heads, widths, vocabulary or blocks cannot be dealt, or the engine's library cannot build the
+            model. The message names the nearest setting that works.
+    """
+    if engine.name == "megatron":
+        _check_megatron(architecture, role)
+    for name, reason in (
+        ("sequence_parallel", _sequence_parts),
+        ("tensor_parallel", _shards),
+        ("pipeline_parallel", _stages),
+    ):
+        ranks = getattr(engine, name)
+        why = reason(architecture, ranks)
+        if why is not None:
+            near = _nearest(architecture, ranks, reason)
+            raise ValueError(f"engine.{name}={ranks}: {why} of the {role}; set engine.{name}={near}")
+
+
+def _nearest(architecture: Architecture, wanted: int, reason: Reason) -> str:
+    """The working settings next to ``wanted``: the one below and, up to twice as many, the one above."""
+    below = next(ranks for ranks in range(wanted - 1, 0, -1) if reason(architecture, ranks) is None)
+    above = (ranks for ranks in range(wanted + 1, 2 * wanted + 1) if reason(architecture, ranks) is None)
+    return " or ".join(map(str, (below, *_first(above))))
+
+
+def _first(numbers: Iterator[int]) -> Iterator[int]:
+    for number in numbers:
+        yield number
+        return
+
+
+def _sequence_parts(architecture: Architecture, ranks: int) -> str | None:
+    """Parts of a sequence on ``ranks``, which hold some of the heads each within attention; KV heads are repeated."""
+    if ranks == 1 or not any(block.attention.kind == "gqa" for block in architecture.blocks):
+        return None
+    if architecture.sliding_window is not None:
+        return (
+            f"attention to whole sequences, unlike the {architecture.sliding_window} tokens that attention looks back"
+        )
+    if architecture.num_heads % ranks:
+        return f"it does not divide the {architecture.num_heads} attention heads"
+    return None
+
+
+def _shards(architecture: Architecture, ranks: int) -> str | None:
+    """Every matrix over ``ranks``, by heads, by FFN channels, or by rows of the vocabulary."""
+    if any(block.attention.kind == "gqa" for block in architecture.blocks) and architecture.num_heads % ranks:
+        return f"it does not divide the {architecture.num_heads} attention heads"
+    if architecture.vocab_size % ranks:
+        return f"it does not divide the vocabulary of {architecture.vocab_size} rows"
+    for index, block in enumerate(architecture.blocks):
+        heads, width = block.attention.num_kv_heads, block.ffn.ffn_dim
+        # megatron-core repeats KV heads where there are fewer than ranks.
+        if heads is not None and heads % ranks and ranks % heads:
+            return f"the {heads} KV heads of block {index} are neither a multiple nor a divisor of it"
+        if width is not None and width % ranks:
+            return f"it does not divide the {width} channels of the FFN in block {index}"
+    return None
+
+
+def num_real_blocks(architecture: Architecture) -> int:
+    """Blocks that compute something: a block without attention and FFN is none."""
+    return sum(not (block.attention.is_no_op and block.ffn.is_no_op) for block in architecture.blocks)
+
+
+def _stages(architecture: Architecture, ranks: int) -> str | None:
+    """The blocks in ``ranks`` stages, each with one that computes something."""
+    real = num_real_blocks(architecture)
+    return None if ranks <= real else f"more stages than the {real} blocks with attention or FFN"
+
+
+def _check_megatron(architecture: Architecture, role: str) -> None:
+    windows = ", ".join(f"{first}-{last}" for first, last in architecture.parallel_windows)
+    require(
+        not windows,
+        f"engine.name=megatron runs blocks one after another, and the {role} runs blocks {windows} in parallel; set "
+        "engine.name=torch engine.shard=true, or engine.name=deepspeed",
+    )

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distill.config import EngineConfig
+from distill.engine.base import ENGINES
+from distill.engine.layout import check_layout, check_options, nearest_divisor, nearest_multiples, num_model_ranks
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size"),
+    [
+        ({}, 1),
+        ({}, 8),
+        ({"shard": True, "offload_optimizer": True, "compile": True}, 2),
+        ({"sequence_parallel": 4, "recompute": True, "offload_activations": True}, 8),
+        ({"name": "deepspeed", "zero_stage": 3, "offload_optimizer": True, "sequence_parallel": 2}, 4),
+        ({"teacher_device": "cuda:1"}, 1),
+        ({"name": "megatron", "tensor_parallel": 2, "pipeline_parallel": 2, "recompute": True}, 8),
+    ],
+)
+def test_layouts_that_work(options: dict[str, Any], world_size: int) -> None:
+    check_layout(EngineConfig(**options), world_size=world_size, batch_size=8, seq_len=64, node="distill")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "deepspeed", "shard": True},
+            r"engine.shard=true is no option of engine.name=deepspeed; .*zero_stage=3",
+        ),
+        ({"name": "megatron", "offload_optimizer": True}, r"engine.offload_optimizer=true is no option .*=megatron"),
+        ({"name": "megatron", "ffn_tile_tokens": 512}, r"engine.ffn_tile_tokens=512 is no option .*set it to 0"),
+        ({"name": "megatron", "sequence_parallel": 2}, r"engine.tensor_parallel=2 engine.sequence_parallel=1"),
+        ({"tensor_parallel": 2}, r"set engine.name=megatron, or both to 1 and engine.shard=true"),
+        (
+            {"name": "deepspeed", "pipeline_parallel": 2},
+            r"set engine.name=megatron, or both to 1 and engine.zero_stage=3",
+        ),
+        ({"offload_activations": True}, r"set engine.recompute=true"),
+        ({"teacher_device": "gpu1"}, r"engine.teacher_device=gpu1 is not a place; give same, cpu or .* cuda:1"),
+        ({"name": "megatron", "teacher_device": "cpu"}, r"set engine.teacher_device=same"),
+    ],
+)
+def test_options_that_an_engine_does_not_have(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_options(EngineConfig(**options))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "message"),
+    [
+        (
+            {},
+            {"world_size": 4, "batch_size": 6, "seq_len": 64},
+            r"distill.batch_size=6 cannot be dealt evenly over 4 data ranks \(4 processes\); "
+            r"set distill.batch_size=4 or 8, or start 3 processes",
+        ),
+        ({}, {"world_size": 8, "batch_size": 2, "seq_len": 64}, r"set distill.batch_size=8, or start 2 processes"),
+        (
+            {"sequence_parallel": 2},
+            {"world_size": 8, "batch_size": 6, "seq_len": 64},
+            r"over 4 data ranks \(8 processes, 2 to a sequence\); set distill.batch_size=4 or 8, or start 6 processes",
+        ),
+        (
+            {"sequence_parallel": 3},
+            {"world_size": 4, "batch_size": 4, "seq_len": 63},
+            r"engine.sequence_parallel=3 needs a multiple of 3 processes, got 4; set engine.sequence_parallel=2, or "
+            r"start 3 processes",
+        ),
+        (
+            {"sequence_parallel": 4},
+            {"world_size": 4, "batch_size": 4, "seq_len": 66},
+            r"engine.sequence_parallel=4 splits every sequence .* distill.seq_len=66 .*set distill.seq_len=64 or 68",
+        ),
+        (
+            {"name": "megatron", "tensor_parallel": 4, "pipeline_parallel": 2},
+            {"world_size": 4, "batch_size": 4, "seq_len": 64},
+            r"engine.tensor_parallel=4 x engine.pipeline_parallel=2 needs a multiple of 8 processes, got 4; "
+            r"set engine.tensor_parallel=4 engine.pipeline_parallel=1, or start 8 processes",
+        ),
+        (
+            {"teacher_device": "cuda:1"},
+            {"world_size": 2, "batch_size": 4, "seq_len": 64},
+            r"would put the teachers of all 2 processes on one device; set engine.teacher_device=same or cpu",
+        ),
+        (
+            {"name": "megatron", "tensor_parallel": 2},
+            {"world_size": 2, "batch_size": 4, "seq_len": 63},
+            r"engine.tensor_parallel=2 splits every sequence .* set distill.seq_len=62 or 64",
+        ),
+    ],
+)
+def test_what_cannot_be_dealt_names_the_nearest_that_can(
+    options: dict[str, Any], step: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_layout(EngineConfig(**options), **step, node="distill")
+    assert "\n" not in str(caught.value)
+
+
+def test_suggested_settings_work() -> None:
+    for world_size in range(1, 13):
+        for wanted in range(1, 13):
+            assert world_size % nearest_divisor(world_size, wanted) == 0
+    assert nearest_divisor(12, 5) == 4
+    assert nearest_multiples(70, 32) == "64 or 96"
+    assert nearest_multiples(10, 32) == "32"
+
+
+def test_ranks_that_share_sequences() -> None:
+    assert num_model_ranks(EngineConfig()) == 1
+    assert num_model_ranks(EngineConfig(sequence_parallel=2)) == 2
+    assert num_model_ranks(EngineConfig(name="megatron", tensor_parallel=2, pipeline_parallel=3)) == 6
+
+
+def test_every_engine_is_known() -> None:
+    for name in ENGINES:
+        check_options(EngineConfig(name=name))  # type: ignore[arg-type]

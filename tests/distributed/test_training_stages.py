@@ -1,0 +1,192 @@
+"""The training stages come out the same however many processes share them, and whatever the engine deals over them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.__main__ import main
+from puzzle.model.checkpoint import TensorReader, read_architecture
+from tests.distributed.conftest import RunInProcesses
+from tests.launch.training_inputs import write_data, write_student, write_teacher
+
+METRIC_TOLERANCE = 2e-4
+"""Relative. Only the order of sums differs."""
+WEIGHT_TOLERANCE = 5e-4
+"""Absolute, one step at the peak learning rate: AdamW makes a whole step of a gradient that is a rounding error."""
+ENGINE = "engine=torch engine.device=cpu optim.lr=5e-4 objective.chunk_tokens=64"
+STAGES = {
+    "distill": "distill.max_tokens=1280 distill.seq_len=16 distill.batch_size=4 distill.eval_sequences=4 "
+    "distill.eval_every_tokens=512",
+    "extend_context": "objective=lm extend_context.eval_sequences=2 extend_context.phases=["
+    "{seq_len:32,max_tokens:512,batch_size:2},{seq_len:512,max_tokens:2048,batch_size:2,rope:{theta:40000.0}}]",
+    "pretrain": "pretrain.num_blocks=2 pretrain.hidden_dim=32 pretrain.num_heads=2 pretrain.num_kv_heads=1 "
+    "pretrain.ffn_dim=256 pretrain.max_positions=32 pretrain.optim.lr=5e-4 pretrain.train.max_tokens=2048 "
+    "pretrain.train.seq_len=32 pretrain.train.batch_size=4 pretrain.train.eval_sequences=8",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a stage left."""
+
+    path: Path
+    rows: list[dict[str, float]]
+    manifest: dict
+
+
+@pytest.fixture(scope="module")
+def inputs(pico_parent_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The inputs of every stage, as overrides."""
+    root = tmp_path_factory.mktemp("inputs")
+    data = write_data(root / "data", pico_parent_dir).path
+    teacher = write_teacher(root / "teacher", pico_parent_dir).path
+    student = write_student(root / "student", teacher, dtype=torch.float32).path
+    given = {
+        "distill": {"student": student, "teacher": teacher, "data": data},
+        "extend_context": {"student": student, "data": data},
+        "pretrain": {"data": data},
+    }
+    return {stage: [f"inputs.{name}={path}" for name, path in paths.items()] for stage, paths in given.items()}
+
+
+def launch(arguments: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        return main(arguments), err.getvalue()
+
+
+def arguments(stage: str, root: Path, inputs: dict[str, list[str]], *further: str) -> list[str]:
+    return [stage, f"run.root={root}", *ENGINE.split(), *STAGES[stage].split(), *inputs[stage], *further]
+
+
+def outcome(stage: str, root: Path) -> Outcome:
+    (path,) = (root / "store").glob(f"{stage}-*")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return Outcome(path=path, rows=rows, manifest=json.loads((path / "artifact.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every stage in one process."""
+    outcomes = {}
+    for stage in STAGES:
+        root = tmp_path_factory.mktemp(stage)
+        status, said = launch(arguments(stage, root, inputs))
+        assert status == 0, said
+        outcomes[stage] = outcome(stage, root)
+    return outcomes
+
+
+def assert_same(found: Outcome, expected: Outcome, tolerance: float = METRIC_TOLERANCE) -> None:
+    assert [row["tokens"] for row in found.rows] == [row["tokens"] for row in expected.rows]
+    for row, wanted in zip(found.rows, expected.rows, strict=True):
+        # Times are of the machine.
+        names = {name for name in wanted if name.startswith(("eval/", "train/", "optim/"))}
+        assert names == {name for name in row if name.startswith(("eval/", "train/", "optim/"))}
+        for name in names:
+            assert row[name] == pytest.approx(wanted[name], rel=tolerance, abs=1e-6), name
+    assert read_architecture(found.path) == read_architecture(expected.path)
+    with TensorReader(found.path) as one, TensorReader(expected.path) as other:
+        assert one.names() == other.names()
+        for name in other.names():
+            torch.testing.assert_close(one.read(name), other.read(name), rtol=0, atol=WEIGHT_TOLERANCE)
+    assert found.manifest["tokens"] == expected.manifest["tokens"]
+    assert found.manifest["headline"] == expected.manifest["headline"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "further"),
+    [
+        ("distill", ()),
+        ("distill", ("engine.shard=true",)),
+        ("distill", ("engine.sequence_parallel=2", "engine.recompute=true")),
+        pytest.param("distill", ("engine.name=deepspeed",), marks=pytest.mark.slow),
+        pytest.param("distill", ("engine.name=deepspeed", "engine.zero_stage=3"), marks=pytest.mark.slow),
+        ("extend_context", ()),
+        ("pretrain", ()),
+    ],
+)
+def test_two_processes_give_what_one_does(
+    stage: str,
+    further: tuple[str, ...],
+    inputs: dict[str, list[str]],
+    alone: dict[str, Outcome],
+    tmp_path: Path,
+    run_in_processes: RunInProcesses,
+) -> None:
+    if "engine.name=deepspeed" in further:
+        pytest.importorskip("deepspeed")
+    results = run_in_processes(2, launch, arguments(stage, tmp_path, inputs, *further))
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same(outcome(stage, tmp_path), alone[stage])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "torch_bf16",
+        "torch_fsdp",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+        "megatron",
+        "megatron engine.tensor_parallel=1 engine.pipeline_parallel=2",
+    ],
+)
+def test_two_gpus_give_what_a_cpu_does(
+    engine: str,
+    inputs: dict[str, list[str]],
+    alone: dict[str, Outcome],
+    tmp_path: Path,
+    run_in_processes: RunInProcesses,
+) -> None:
+    """In fp32; kernels of a GPU add in another order, 20 steps of AdamW long."""
+    pytest.importorskip(engine.partition("_")[0].partition(" ")[0].replace("megatron", "megatron.core"))
+    further = [f"engine={engine.split()[0]}", "engine.precision=fp32", "engine.compile=false", *engine.split()[1:]]
+    base = [text for text in arguments("distill", tmp_path, inputs) if not text.startswith("engine")]
+    results = run_in_processes(2, launch, [*base, *further])
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same(outcome("distill", tmp_path), alone["distill"], tolerance=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "further", "message"),
+    [
+        (
+            "distill",
+            ("distill.batch_size=5",),
+            "distill.batch_size=5 cannot be dealt evenly over 2 data ranks (2 processes); set distill.batch_size=4 or "
+            "6, or start 1 process",
+        ),
+        (
+            "extend_context",
+            ("engine.sequence_parallel=4",),
+            "engine.sequence_parallel=4 needs a multiple of 4 processes, got 2; set engine.sequence_parallel=2",
+        ),
+        (
+            "pretrain",
+            ("engine.sequence_parallel=2", "pretrain.num_heads=1"),
+            "engine.sequence_parallel=2: it does not divide the 1 attention heads of the model; "
+            "set engine.sequence_parallel=1",
+        ),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused_once_before_anything_is_loaded(
+    stage: str,
+    further: tuple[str, ...],
+    message: str,
+    inputs: dict[str, list[str]],
+    tmp_path: Path,
+    run_in_processes: RunInProcesses,
+) -> None:
+    results = run_in_processes(2, launch, arguments(stage, tmp_path, inputs, *further))
+    assert [status for status, _ in results] == [2, 2]
+    assert sum(message in said for _, said in results) == 1, results
+    assert not list(tmp_path.glob(f"store/{stage}-*/config.json"))
