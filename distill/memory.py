@@ -93,8 +93,15 @@ def _in_tiles(run: Callable[..., Tensor], tile_tokens: int, hidden: Tensor, *res
 
 @torch.compiler.disable(recursive=False)
 def _offloaded(run: Callable[..., Any], buffers: HostBuffers, *inputs: Any, **options: Any) -> Any:
-    # Around the checkpoint these hooks see its inputs alone: what is computed inside goes through its own.
-    with torch.autograd.graph.saved_tensors_hooks(buffers.keep, buffers.give_back):
+    # Around the checkpoint these hooks see its inputs alone: what is computed inside goes through its own. Some
+    # versions of torch add an empty tensor.
+    def pack(tensor: Tensor) -> _Kept | Tensor:
+        return buffers.keep(tensor) if tensor.numel() > 0 else tensor
+
+    def unpack(kept: _Kept | Tensor) -> Tensor:
+        return buffers.give_back(kept) if isinstance(kept, _Kept) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return run(*inputs, **options)
 
 

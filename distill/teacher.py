@@ -194,5 +194,6 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
     if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
+        # What is expanded cannot be pinned.
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 # Before transformers is imported: no test reaches for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from distill import distributed
 from distill.config import RopeConfig
 from distill.data.tokenizer import train_tokenizer
 from puzzle.model.architecture import (
@@ -30,6 +32,13 @@ TOKENIZER_TEXT = (
     "A fused FFN reads what its members read and adds up what they would have added.",
     "def blocks(parent: Architecture) -> Iterator[BlockConfig]: yield from parent.blocks",
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_outlives_its_test() -> Iterator[None]:
+    """An engine that deals the weights of one process makes a group, which would last as long as the process."""
+    yield
+    distributed.leave()
 
 
 def _architecture(blocks: tuple[BlockConfig, ...]) -> Architecture:

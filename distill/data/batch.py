@@ -77,7 +77,12 @@ class Batch:
         ``sequence_ids`` stay where they are: they are read on the host.
         """
         pin = device.type == "cuda"
-        moved = self._map(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True))
+
+        def move(tensor: Tensor) -> Tensor:
+            # What is expanded cannot be pinned.
+            return (tensor.contiguous().pin_memory() if pin else tensor).to(device, non_blocking=True)
+
+        moved = self._map(move)
         return replace(moved, sequence_ids=self.sequence_ids)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

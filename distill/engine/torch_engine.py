@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +164,7 @@ class TorchEngine:
         """This rank's part of the sequences, on the device."""
         if self._ranks.num_parts > 1:
             batch = batch.sequence_part(self._ranks.part, self._ranks.num_parts)
-        # A cache reads the numbers of sequences on the host.
-        return replace(batch.to(self.device), sequence_ids=batch.sequence_ids)
+        return batch.to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = resolve_dtype(self._engine)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +196,27 @@ def test_backward_may_run_twice(pico_architecture: Architecture) -> None:
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     second = torch.autograd.grad(loss, parameters)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+class KeepsAnEmptyTensor(torch.autograd.Function):
+    """As checkpoints of some versions of torch do, beside their inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty(0))
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (empty,) = ctx.saved_tensors
+        return gradient + empty.numel()
+
+
+def test_an_empty_tensor_stays_where_it_is() -> None:
+    buffers, hidden = HostBuffers(), torch.randn(2, 3, requires_grad=True)
+    memory._offloaded(KeepsAnEmptyTensor.apply, buffers, hidden).sum().backward()
+    assert torch.equal(hidden.grad, torch.ones(2, 3))
+    assert buffers.allocated_bytes == 0
 
 
 def test_offloading_without_recomputation_is_an_error(pico_architecture: Architecture) -> None:
