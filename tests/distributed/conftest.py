@@ -15,7 +15,7 @@ import pytest
 import torch
 
 RunInProcesses = Callable[..., list[Any]]
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 120
 PRELOADED = ["torch", "transformers", "tests.distributed.conftest", "launch.__main__", "puzzle.slices"]
 """Imported once for all processes of a test run."""
 

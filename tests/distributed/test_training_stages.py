@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import torch
 
 from launch.__main__ import main
 from puzzle.model.checkpoint import TensorReader, read_architecture
-from tests.distributed.conftest import RunInProcesses
+from tests.distributed.conftest import TIMEOUT_SECONDS, RunInProcesses
 from tests.launch.training_inputs import write_data, write_student, write_teacher
 
 METRIC_TOLERANCE = 2e-4
@@ -125,6 +129,31 @@ def test_two_processes_give_what_one_does(
     results = run_in_processes(2, launch, arguments(stage, tmp_path, inputs, *further))
     assert [status for status, _ in results] == [0, 0], results
     assert_same(outcome(stage, tmp_path), alone[stage])
+
+
+def test_two_nodes_give_what_one_process_does(
+    inputs: dict[str, list[str]], alone: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """Two agents of torchrun meet as those of two nodes do; here they share a machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0"]
+    meeting = ["--rdzv-backend=c10d", "--rdzv-id=two_nodes", f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1"]
+    command = [*torchrun, *meeting, "-m", "launch", *arguments("distill", tmp_path, inputs, "engine.shard=true")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    try:
+        said = [agent.communicate(timeout=TIMEOUT_SECONDS) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sorted(out.count("artifact: ") for out, _ in said) == [0, 1]
+    assert_same(outcome("distill", tmp_path), alone["distill"])
 
 
 @pytest.mark.gpu
