@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint slurm clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch demo
@@ -18,6 +18,13 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(INSTALL) -e ".[smollm2]" accelerate
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Slurm for tests/slurm, which start a private one and are skipped without it. Debian and Ubuntu, as root.
+slurm:
+	@command -v slurmctld >/dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
+	{ apt-get update -qq && \
+	  apt-get install -y --no-install-recommends slurm-wlm slurmctld slurmd slurm-client munge; } || \
+	{ echo "could not install Slurm: needs root, apt-get and a network; tests/slurm will be skipped" >&2; exit 1; }
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

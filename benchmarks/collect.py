@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.recovery import TRAINING_STAGES
 from launch.rundir import RunDirectory
 
-COLUMNS = ("step", "tokens", "eval/lm_loss", "eval/kld", "eval/top1_agreement_frac")
+COLUMNS = ("step", "tokens", "eval/lm_loss", "eval/kld", "eval/kld_top_k", "eval/top1_agreement_frac")
 
 
 def collect(run_path: Path, destination: Path) -> None:

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from training_trials import TIME, Outcome, Trial, num_params_text, run_trial, write_random_model
+from training_trials import TIME, Outcome, Trial, run_trial, shape_text, write_random_model
 
 from distill.config import EngineConfig, RopeConfig
 from distill.engine.layout import num_model_ranks
@@ -28,8 +28,9 @@ from puzzle.model.architecture import Architecture, dense_blocks
 from puzzle.model.checkpoint import read_architecture
 from puzzle.model.stats import flops_per_token
 
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
-"""Dense bf16 FLOP/s of one GPU by a part of its name (NVIDIA's data sheets, SXM)."""
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+"""Dense bf16 FLOP/s of one GPU by its whole name (NVIDIA's data sheets, SXM). Cards of other names, the PCIe and NVL
+ones among them, have other peaks: their MFU is left out."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "torch": {"compile": True},
@@ -58,6 +59,7 @@ class Row:
     tokens_per_s: float | None
     """Over all GPUs."""
     mfu_frac: float | None
+    """Of the dense bf16 peak; None: that of the device is not known, or the step did not run in bf16."""
     gpu_peak_gb: float
     first_loss: float | None
     """Equal in all settings with equally many GPUs, up to the precision: they see the same sequences."""
@@ -92,11 +94,13 @@ def _llama(
 
 
 def flops_per_step(student: Architecture, teacher: Architecture, *, seq_len: int, sequences: int) -> float:
-    """Model FLOPs of one step: teacher forward, student forward and backward."""
-    # A token attends to half of the sequence on average.
-    context = (seq_len + 1) // 2
-    per_token = flops_per_token(teacher, context) + 3 * flops_per_token(student, context)
-    return float(per_token) * seq_len * sequences
+    """Model FLOPs of one step: teacher forward, student forward and backward, both through their heads."""
+    # They grow linearly with a token's position, so that the mean over a sequence is that of its first and last token.
+    teacher_mean, student_mean = (
+        (flops_per_token(architecture, 1) + flops_per_token(architecture, seq_len)) / 2
+        for architecture in (teacher, student)
+    )
+    return (teacher_mean + 3 * student_mean) * seq_len * sequences
 
 
 def engine_fields(options: argparse.Namespace, setting: str) -> dict[str, Any]:
@@ -127,13 +131,14 @@ def measure(options: argparse.Namespace, setting: str, gpus: int, *, timeout_s: 
     )
     outcome = run_trial(trial, num_processes=gpus, timeout_s=timeout_s)
     flops = flops_per_step(*map(read_architecture, options.models), seq_len=options.seq_len, sequences=sequences)
-    return make_row(setting, gpus, outcome, flops=flops, tokens=sequences * options.seq_len)
+    tokens = sequences * options.seq_len
+    return make_row(setting, gpus, outcome, flops=flops, tokens=tokens, precision=options.precision)
 
 
-def make_row(setting: str, gpus: int, outcome: Outcome, *, flops: float, tokens: int) -> Row:
+def make_row(setting: str, gpus: int, outcome: Outcome, *, flops: float, tokens: int, precision: str) -> Row:
     """What an outcome says of speed."""
     step_s = median(outcome.step_s) if outcome.failure is None else None
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in outcome.device), None)
+    peak = PEAK_FLOPS.get(outcome.device) if precision == "bf16" else None
     return Row(
         setting=setting,
         gpus=gpus,
@@ -166,6 +171,9 @@ def markdown(rows: list[Row], facts: dict[str, Any]) -> str:
             f"| {row.setting} | {row.gpus} | {row.tokens_per_s:,.0f} | {per_gpu:,.0f} | {mfu} | {scaling} "
             f"| {row.step_s:.3f} | {row.gpu_peak_gb:.1f} | {row.first_loss:.4f} |"
         )
+    unknown = {row.device for row in rows if row.failure is None and row.mfu_frac is None}
+    if unknown:
+        lines += ["", f"No MFU: no dense peak in {facts['precision']} is known of {', '.join(sorted(unknown))}."]
     return "\n".join(lines) + "\n"
 
 
@@ -179,7 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, per GPU")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--chunk-tokens", type=int, default=1024, help="whose logits exist at once")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="whose logits exist at once; 0: chosen by bytes")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--recompute", action="store_true")
@@ -203,7 +211,7 @@ def main() -> None:
     facts = {name: getattr(options, name) for name in ("seq_len", "sequences", "micro_batch_tokens", "chunk_tokens")}
     facts |= {name: getattr(options, name) for name in ("steps", "recompute", "compile", "precision")}
     facts |= {"torch": torch.__version__}
-    facts |= dict(zip(("student", "teacher"), map(num_params_text, options.models), strict=True))
+    facts |= dict(zip(("student", "teacher"), map(shape_text, options.models), strict=True))
     path = options.out / "kd_throughput.json"
     known = json.loads(path.read_text()) if path.exists() else {"facts": facts, "rows": []}
     if known["facts"] != facts:

@@ -1,7 +1,10 @@
 """Longest sequence that one GPU, or several with Ulysses, trains of a Llama-8B-shaped heterogeneous child.
 
-    python benchmarks/longest_sequence.py OUT [--gpus 1] [--variants plain tiled offloaded] [--time-limit 540]
+    python benchmarks/longest_sequence.py OUT [--gpus 1] [--shape 8b] [--variants plain tiled offloaded]
+        [--time-limit 540]
 
+The child has fewer attentions and wider FFNs than its parent, so that its lengths are not those of Llama-3.1-8B itself:
+``--shape 8b`` is the dense model, which published lengths of other systems are of. The results name the shape.
 Without teacher, on random weights and tokens: one optimizer step, the optimizer in CPU memory, blocks recomputed, one
 sequence per step. Every length is tried in fresh processes. Peak memory grows linearly with the length, so the next
 length is where the line through the last two reaches the limit; once a length has failed, the search bisects, to 3% or
@@ -20,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_trials import TIME, Outcome, Trial, num_params_text, run_trial, write_random_model
+from training_trials import (
+    TIME,
+    Outcome,
+    Trial,
+    available_host_bytes,
+    meminfo_bytes,
+    run_trial,
+    shape_text,
+    write_random_model,
+)
 
 from distill.config import RopeConfig
 from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig
@@ -44,7 +56,16 @@ CHILD = (
 """KV heads (None: no attention), FFN width and blocks of the parent it stands for, of every block: Llama-3.1-8B's 32
 blocks after a search that kept 21 attentions, and the fusion of its runs without attention to FFNs of 28,672, 28,672
 and 10,752 channels."""
-PICO_CHILD = ((2, 512, 1), (None, 1024, 2), (1, 256, 1))
+SHAPES = {
+    "8b_child": CHILD,
+    "8b": ((8, 14_336, 1),) * 32,
+    "pico": ((2, 512, 1), (None, 1024, 2), (1, 256, 1)),
+}
+"""By name: the child, Llama-3.1-8B itself, and a tiny child to try the program with."""
+PUBLISHED = {
+    "8b": "one H100 of 80 GB: no more than 32K tokens with transformers as it is, 500K tuned (ALST, arXiv 2506.13996)"
+}
+"""Lengths that others report, by the shape that they are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +79,19 @@ class Try:
     step_s: float | None
     gpu_peak_gb: float
     gpu_reserved_gb: float
-    host_peak_gb: float
+    host_taken_gb: float
+    """Least available memory of the host during the trial, below what it was before."""
+    host_resident_gb: float
+    """Resident memory of the processes; without pinned memory where the driver keeps it out."""
     device: str
 
 
-def child(shape: str) -> Architecture:
-    """The child, or a tiny one to try the program with."""
+def architecture(shape: str) -> Architecture:
+    """The model of one of ``SHAPES``."""
     is_pico = shape == "pico"
     blocks: list[BlockConfig] = []
     first = 0
-    for kv_heads, width, num_parents in PICO_CHILD if is_pico else CHILD:
+    for kv_heads, width, num_parents in SHAPES[shape]:
         attention = NO_ATTENTION if kv_heads is None else AttentionConfig(num_kv_heads=kv_heads)
         parents = tuple(range(first, first + num_parents))
         blocks.append(BlockConfig(attention=attention, ffn=FFNConfig(ffn_dim=width), parent_block_indices=parents))
@@ -110,7 +134,8 @@ def attempt(options: argparse.Namespace, variant: str, gpus: int, tokens: int, *
         step_s=outcome.step_s[0] if outcome.step_s else None,
         gpu_peak_gb=outcome.gpu_peak_bytes / 1e9,
         gpu_reserved_gb=outcome.gpu_reserved_bytes / 1e9,
-        host_peak_gb=outcome.host_peak_bytes / 1e9,
+        host_taken_gb=outcome.host_taken_bytes / 1e9,
+        host_resident_gb=outcome.host_resident_bytes / 1e9,
         device=outcome.device,
     )
 
@@ -123,7 +148,7 @@ def next_length(tries: list[Try], *, start: int, granularity: int, gpu_gb: float
         start: first length.
         granularity: lengths are multiples of it. The answer is known to so many tokens, or to a 32nd.
         gpu_gb: memory of one GPU; infinite: unknown.
-        host_gb: memory of the host.
+        host_gb: memory of the host that is free to be taken.
     """
     passed = sorted((entry for entry in tries if entry.failure is None), key=lambda entry: entry.tokens)
     failed = min((entry.tokens for entry in tries if entry.failure is not None), default=None)
@@ -136,7 +161,7 @@ def next_length(tries: list[Try], *, start: int, granularity: int, gpu_gb: float
     guess = 2 * longest
     if len(passed) >= 2:
         # 3% are left to the allocator. Four times the last length at most: a line through two points may be off.
-        reach = min(_reach(passed, "gpu_reserved_gb", 0.97 * gpu_gb), _reach(passed, "host_peak_gb", 0.97 * host_gb))
+        reach = min(_reach(passed, "gpu_reserved_gb", 0.97 * gpu_gb), _reach(passed, "host_taken_gb", 0.97 * host_gb))
         guess = int(min(reach, 4 * longest))
     if failed is not None and not longest < guess < failed:
         guess = (longest + failed) // 2
@@ -156,8 +181,7 @@ def _reach(passed: list[Try], name: str, limit: float) -> float:
 def memory_limits(device: str) -> tuple[float, float]:
     """GB of one GPU and of the host, of the latter what this container may have."""
     gpu = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else float("inf")
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    host = 1024 * int(next(line for line in lines if line.startswith("MemTotal:")).split()[1])
+    host = meminfo_bytes("MemTotal")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(path).read_text().strip() if Path(path).exists() else "max"
         host = host if text == "max" else min(host, int(text))
@@ -167,6 +191,7 @@ def memory_limits(device: str) -> tuple[float, float]:
 def search(options: argparse.Namespace, variant: str, gpus: int, known: list[Try], deadline: float) -> Iterator[Try]:
     """Try lengths until the answer is known, the time is over or ``--max-tokens`` pass."""
     gpu_gb, host_gb = memory_limits(options.device)
+    host_gb = min(host_gb, available_host_bytes() / 1e9)
     # What ran out of time says nothing of memory, and may be tried again in another call.
     tries = [entry for entry in known if (entry.variant, entry.gpus) == (variant, gpus) and entry.failure != TIME]
     while time.monotonic() < deadline - 5:
@@ -196,14 +221,17 @@ def markdown(tries: list[Try], facts: dict[str, Any]) -> str:
         limit = "not met | " if failed is None else f"{failed.tokens:,} | {failed.failure}"
         took = " | | "
         if longest is not None:
-            took = f" {longest.step_s:.1f} | {longest.gpu_peak_gb:.1f} | {longest.host_peak_gb:.1f} "
+            took = f" {longest.step_s:.1f} | {longest.gpu_peak_gb:.1f} | {longest.host_taken_gb:.1f} "
         lines.append(f"| {variant} | {gpus} | {reached} | {limit} |{took}|")
-    lines += ["", "| variant | GPUs | tokens | outcome | step s | GPU GB | reserved | host GB |", "|" + "---|" * 8]
+    lines += ["", "host GB: available memory of the host that the trial took; resident: of its processes.", ""]
+    lines += ["| variant | GPUs | tokens | outcome | step s | GPU GB | reserved | host GB | resident |"]
+    lines += ["|" + "---|" * 9]
     for entry in tries:
         step = "" if entry.step_s is None else f"{entry.step_s:.1f}"
         lines.append(
             f"| {entry.variant} | {entry.gpus} | {entry.tokens:,} | {entry.failure or 'trained'} | {step} "
-            f"| {entry.gpu_peak_gb:.1f} | {entry.gpu_reserved_gb:.1f} | {entry.host_peak_gb:.1f} |"
+            f"| {entry.gpu_peak_gb:.1f} | {entry.gpu_reserved_gb:.1f} | {entry.host_taken_gb:.1f} "
+            f"| {entry.host_resident_gb:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -216,11 +244,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("torch", "deepspeed"), default="torch")
     parser.add_argument("--keep-optimizer", action="store_true", help="leave the optimizer on the GPUs")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--shape", choices=("8b_child", "pico"), default="8b_child")
+    parser.add_argument("--shape", choices=SHAPES, default="8b_child")
     parser.add_argument("--start", type=int, default=32_768, help="first length, in tokens")
     parser.add_argument("--max-tokens", type=int, default=8_388_608)
     parser.add_argument("--granularity", type=int, default=8192, help="of the answer, in tokens per GPU")
-    parser.add_argument("--chunk-tokens", type=int, default=1024, help="whose logits exist at once")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="whose logits exist at once; 0: chosen by bytes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--time-limit", type=float, default=540, help="seconds for all trials")
@@ -234,9 +262,12 @@ def main() -> None:
     options = parse()
     deadline = time.monotonic() + options.time_limit
     options.out.mkdir(parents=True, exist_ok=True)
-    write_random_model(options.model, child(options.shape))
+    write_random_model(options.model, architecture(options.shape))
     gpu_gb, host_gb = memory_limits(options.device)
-    facts = {"child": num_params_text(options.model), "engine": options.engine, "precision": options.precision}
+    facts = {"shape": f"{options.shape}: {shape_text(options.model)}"}
+    if options.shape in PUBLISHED:
+        facts |= {"published of this shape": PUBLISHED[options.shape]}
+    facts |= {"chunk tokens": options.chunk_tokens, "engine": options.engine, "precision": options.precision}
     facts |= {"optimizer": "GPU" if options.keep_optimizer else "CPU", "compile": options.compile}
     facts |= {"GPU GB": round(gpu_gb, 1) if options.device == "cuda" else None, "host GB": round(host_gb, 1)}
     facts |= {"torch": torch.__version__}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter, read_architecture
 from puzzle.model.parallelism import check_parallelism
 from puzzle.model.provider import DirectoryProvider
+from puzzle.model.stats import num_params
 from puzzle.model.tensor_layout import tensor_shapes
 
 GPU_MEMORY, HOST_MEMORY, TIME = "GPU memory", "host memory", "time"
 """What a trial may fail for; anything else is an error in its own words."""
+SAMPLE_S = 0.2
+"""Seconds between two looks at the host's free memory."""
 _NUM_RANDOM_VALUES = 2**24
 
 
@@ -67,8 +70,12 @@ class Outcome:
     gpu_peak_bytes: int = 0
     """Allocated, of the fullest process."""
     gpu_reserved_bytes: int = 0
-    host_peak_bytes: int = 0
-    """Resident memory, summed over the processes."""
+    host_resident_bytes: int = 0
+    """Peak of resident memory, summed over the processes. Pinned memory, which the driver maps, need not be in it, and
+    checkpoint files that are mapped are."""
+    host_taken_bytes: int = 0
+    """What the host had available before the trial less the least that it had during it, sampled. Pinned memory is in
+    it, file pages that the system may drop are not; what else runs on the host is."""
     device: str = ""
 
 
@@ -92,6 +99,7 @@ def run_trial(trial: Trial, *, num_processes: int, timeout_s: float) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         (directory / "trial.json").write_text(json.dumps(asdict(trial)))
+        before = available_host_bytes()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
         environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
@@ -100,13 +108,42 @@ def run_trial(trial: Trial, *, num_processes: int, timeout_s: float) -> Outcome:
                 [*command, __file__, str(directory)], env=environment, stdout=log, stderr=log, start_new_session=True
             )
             try:
-                process.wait(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                return Outcome(failure=TIME)
+                least = watch(process, timeout_s)
             finally:
+                in_time = process.poll() is not None
                 _stop(process)
         reports = [json.loads(path.read_text()) for path in sorted(directory.glob("rank-*.json"))]
-        return _outcome(reports, (directory / "log").read_text(), num_processes)
+        log_text = (directory / "log").read_text()
+        outcome = _outcome(reports, log_text, num_processes) if in_time else Outcome(failure=TIME)
+        return replace(outcome, host_taken_bytes=max(0, before - least))
+
+
+def watch(process: subprocess.Popen, timeout_s: float) -> int:
+    """Wait for the end of ``process`` or the timeout; the least available memory of the host meanwhile, in bytes."""
+    deadline = time.monotonic() + timeout_s
+    least = available_host_bytes()
+    while time.monotonic() < deadline:
+        try:
+            process.wait(timeout=SAMPLE_S)
+            break
+        except subprocess.TimeoutExpired:
+            least = min(least, available_host_bytes())
+    return least
+
+
+def available_host_bytes() -> int:
+    """Memory that the host can give without swapping, mapped and cached files that it may drop included."""
+    return meminfo_bytes("MemAvailable")
+
+
+def meminfo_bytes(name: str) -> int:
+    """One line of the kernel's ``/proc/meminfo``."""
+    return _kib_line(Path("/proc/meminfo"), name)
+
+
+def _kib_line(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -129,7 +166,7 @@ def _outcome(reports: list[dict[str, Any]], log: str, num_processes: int) -> Out
         losses=tuple(reports[0]["losses"]),
         gpu_peak_bytes=max(report["gpu_peak_bytes"] for report in reports),
         gpu_reserved_bytes=max(report["gpu_reserved_bytes"] for report in reports),
-        host_peak_bytes=sum(report["host_peak_bytes"] for report in reports),
+        host_resident_bytes=sum(report["host_resident_bytes"] for report in reports),
         device=reports[0]["device"],
     )
 
@@ -180,7 +217,7 @@ def _measure(trial: Trial) -> dict[str, Any]:
         "losses": losses,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
-        "host_peak_bytes": _resident_peak_bytes(),
+        "host_resident_bytes": _kib_line(Path("/proc/self/status"), "VmHWM"),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
     }
 
@@ -200,16 +237,17 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _resident_peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+def shape_text(directory: Path) -> str:
+    """``1.24B parameters, 16 blocks, 16 attentions`` of a model directory."""
+    blocks = read_architecture(directory).blocks
+    num_attentions = sum(not block.attention.is_no_op for block in blocks)
+    return f"{num_params_text(directory)} parameters, {len(blocks)} blocks, {num_attentions} attentions"
 
 
 def num_params_text(directory: Path) -> str:
     """``1.24B``: parameters of a model directory."""
-    from puzzle.model.stats import num_params
-
-    return f"{num_params(read_architecture(directory)) / 1e9:.2f}B"
+    millions = num_params(read_architecture(directory)) / 1e6
+    return f"{millions / 1000:.2f}B" if millions >= 1000 else f"{millions:.2f}M"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ and their gradient in bf16 (half of one).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,38 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Most bytes of one model's logits that exist at once, where the caller leaves the choice. On a GPU few chunks are
 faster: each reads and writes the gradient of the head once."""
 MIN_REST = 1e-6
-"""Least mass of the tokens that a cached distribution leaves out: below it the rounding of what is kept decides."""
+"""Least mass of the tokens that a cached distribution leaves out: below it the rounding of what is kept decides.
+A divergence is too large by some 1e-5 where the mass is less."""
 
-TopK = tuple[Tensor, Tensor]
-"""Token ids [tokens, k] and their log-probabilities [tokens, k]; one more token stands for the rest."""
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The most probable next tokens of a teacher at temperature 1, most probable first.
+
+    All other tokens together are one rest token, of mass ``1 - sum(exp(log_probs))``: in fp32 that is good to 1e-7, and
+    where there is no other token it may come out as little below 0.
+    """
+
+    token_ids: Tensor
+    """int64 [..., k]"""
+    log_probs: Tensor
+    """fp32 [..., k], in nats."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TopK:
+        """``change`` of both tensors, which have the same shape."""
+        return TopK(token_ids=change(self.token_ids), log_probs=change(self.log_probs))
+
+    def outcomes(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Of ``rows`` of [tokens, k]: token ids, and log-probabilities [tokens, k + 1] of them and the rest, which sum
+        to 1."""
+        log_p = at_least_fp32(self.log_probs[rows])
+        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
+        return self.token_ids[rows], torch.cat((log_p, rest), dim=-1).log_softmax(-1)
+
+    def first(self, rows: slice) -> Tensor:
+        """The likeliest token of each of ``rows`` of [tokens, k]."""
+        best = self.log_probs[rows].argmax(-1, keepdim=True)
+        return self.token_ids[rows].gather(1, best)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -48,25 +76,6 @@ class FullTeacher:
     def logits(self, rows: slice) -> Tensor:
         """Logits [tokens, vocab] of ``rows``."""
         return project(self.hidden[rows], self.operand)
-
-
-@dataclass(frozen=True)
-class TopTeacher:
-    """A teacher by its likeliest tokens."""
-
-    token_ids: Tensor
-    log_probs: Tensor
-
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Token ids [tokens, k], and log-probabilities [tokens, k + 1] of them and the rest, which sum to 1."""
-        log_p = at_least_fp32(self.log_probs[rows])
-        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(MIN_REST).log()
-        return self.token_ids[rows], torch.cat((log_p, rest), dim=-1).log_softmax(-1)
-
-    def first(self, rows: slice) -> Tensor:
-        """The likeliest token [tokens]."""
-        best = self.log_probs[rows].argmax(-1, keepdim=True)
-        return self.token_ids[rows].gather(1, best)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class Outcomes:
 class Chunks:
     """What is computed on each chunk of tokens."""
 
-    teacher: FullTeacher | TopTeacher | None
+    teacher: FullTeacher | TopK | None
     labels: Tensor
     weights: tuple[float, float]
     divergence: Divergence
@@ -119,8 +128,8 @@ class Chunks:
         kld_scale, lm_scale = (counts * weight / self.num_targets.clamp_min(1) for weight in self.weights)
         if isinstance(self.teacher, FullTeacher):
             value, nll, gradient = self._full(student, self.teacher.logits(rows), labels, (kld_scale, lm_scale), train)
-        elif isinstance(self.teacher, TopTeacher):
-            value, nll, gradient = self._top(student, self.teacher.rows(rows), labels, (kld_scale, lm_scale), train)
+        elif isinstance(self.teacher, TopK):
+            value, nll, gradient = self._top(student, self.teacher.outcomes(rows), labels, (kld_scale, lm_scale), train)
         else:
             log_z, nll, _ = log_z_and_nll(student, labels, self.shard)
             columns = labels - self.shard.first
@@ -227,26 +236,25 @@ def log_z_and_nll(
     return parts[0], nll, parts[len(temperatures) - 1]
 
 
-def as_teacher(hidden: Tensor | None, head: Tensor | None, top: TopK | None) -> FullTeacher | TopTeacher | None:
+def as_teacher(hidden: Tensor | None, head: Tensor | None, top: TopK | None) -> FullTeacher | TopK | None:
     """The teacher that is given, if one is. Nothing of it has a gradient."""
     assert (hidden is None) == (head is None), "a teacher is hidden states and a head"
     assert hidden is None or top is None, "a teacher runs or is cached"
-    if top is not None:
-        return TopTeacher(*top)
     if hidden is None or head is None:
-        return None
+        return top
     return FullTeacher(hidden.detach(), matmul_operand(head.detach(), hidden))
 
 
 def row_chunks(num_tokens: int, operand: Tensor, chunk_tokens: int) -> Iterator[slice]:
-    """Equal chunks, so that compiled code sees few shapes; the last may be shorter."""
+    """Equal chunks, so that compiled code sees few shapes; the last may be shorter. No tokens are one empty chunk, of
+    which everything has the right shape."""
     most = chunk_tokens
     if most == 0:
         row_bytes = len(operand) * torch.promote_types(operand.dtype, torch.float32).itemsize
         most = max(1, CHUNK_BYTES.get(operand.device.type, CHUNK_BYTES["cuda"]) // row_bytes)
-    number = -(-num_tokens // most)
-    size = -(-num_tokens // number)
-    for start in range(0, num_tokens, size):
+    number = max(1, -(-num_tokens // most))
+    size = max(1, -(-num_tokens // number))
+    for start in range(0, max(1, num_tokens), size):
         yield slice(start, min(start + size, num_tokens))
 
 

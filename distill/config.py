@@ -7,7 +7,7 @@ work runs, never what comes out, and is left out of fingerprints.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 PLACEMENT: dict[str, Any] = {"placement": True}
@@ -68,7 +68,7 @@ class DataConfig:
     """Most tokens of the train split. Where the text ends before, the split is shorter, and the stages whose budget is
     beyond it refuse, repeat or stop as their ``data_end`` says."""
     validation_tokens: int
-    """Tokens of the held-out split, taken from whole documents that the train split never sees."""
+    """Tokens of the held-out split: rows and files that train never sees (of large files, long parts)."""
     calibration_tokens: int
     """Tokens of the frozen split shared by importance, scoring and dependency measurement."""
     long_document_tokens: int = 0
@@ -189,11 +189,11 @@ class ObjectiveConfig:
     hidden_cosine: float = 0.0
     """Mean over mapped blocks of 1 - cos(teacher hidden, student hidden) (Puzzle, GKD)."""
     hidden_mse: float = 0.0
-    """Mean over mapped blocks of MSE(student hidden, teacher hidden) / MSE(0, teacher hidden), over all tokens."""
+    """Mean over mapped blocks and tokens of |student - teacher|^2 / |teacher|^2, each token against its own norm."""
     lm: float = 0.0
     """Next-token cross-entropy on the data, per token, in nats."""
     temperature: float = 1.0
-    """Softmax temperature of both models in the KL term, which is then multiplied by its square."""
+    """Softmax temperature of both models in the divergence, which is then multiplied by its square."""
     chunk_tokens: int = field(default=0, metadata=PLACEMENT)
     """Most tokens whose logits exist at once. Bounds memory. 0: as many as fill 1 GiB per model on a GPU, 64 MiB on a
     CPU."""
@@ -307,7 +307,7 @@ class PhaseConfig:
     """One phase of context extension."""
 
     seq_len: int
-    """Tokens per sequence; the model is declared for at least as many positions afterwards."""
+    """Tokens per sequence; the model then has at least as many positions."""
     max_tokens: int
     """Token budget of the phase."""
     batch_size: int
@@ -315,7 +315,8 @@ class PhaseConfig:
     rope: RopeConfig | None = None
     """Rotary settings from this phase on; null keeps those of the phase before."""
     data_end: Literal["refuse", "repeat", "stop"] = "refuse"
-    """As in TrainConfig."""
+    """As in TrainConfig, of what the phases before leave of the train split. With repeat a phase for which that is not
+    enough draws from the whole split."""
     separate_documents: bool = False
     """As in TrainConfig."""
 
@@ -333,11 +334,37 @@ class ExtendContextConfig:
     """As in TrainConfig."""
     eval_sequences: int = 16
     """As in TrainConfig."""
+    lengths: tuple[int, ...] = ()
+    """Context lengths in tokens at which the model is probed, as stage evaluate does it, before the first phase and
+    after each; empty: never."""
+    num_needles: int = 32
+    """Retrieval questions per length and task."""
 
     def __post_init__(self) -> None:
         require(len(self.phases) > 0, "extend_context.phases is empty; give at least one phase")
         lengths = [phase.seq_len for phase in self.phases]
         require(lengths == sorted(lengths), f"extend_context.phases must not shrink seq_len, got {lengths}")
+        for index in range(len(self.phases)):
+            self.train(index)
+        require(
+            all(1 < length <= lengths[-1] for length in self.lengths),
+            f"extend_context.lengths must be in 2..{lengths[-1]} (the longest phase), got {list(self.lengths)}",
+        )
+        require(self.num_needles > 0, f"extend_context.num_needles must be > 0, got {self.num_needles}")
+
+    @staticmethod
+    def node(index: int) -> str:
+        """Configuration node of phase ``index``."""
+        return f"extend_context.phases.{index}"
+
+    def train(self, index: int) -> TrainConfig:
+        """Budget and cadence of phase ``index``; raises ``ValueError`` in its name where they make no sense."""
+        own = asdict(self.phases[index])
+        del own["rope"]
+        try:
+            return TrainConfig(**own, eval_every_tokens=self.eval_every_tokens, eval_sequences=self.eval_sequences)
+        except ValueError as error:
+            raise ValueError(f"{self.node(index)}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,22 +20,57 @@ from torch import Tensor, distributed
 
 from distill.config import require
 
-TIMEOUT = timedelta(days=30)
+PATIENCE = timedelta(days=30)
 """Others wait while the first process runs a stage of its own, for days if it must. A process that ends closes its
 connections, and torchrun ends the others, so that no timeout is needed to notice."""
+TIMEOUT = timedelta(minutes=30)
+"""Of one message between processes that train: beyond it one of them hangs. The first step may compile for minutes."""
+STORAGE_TIMEOUT = timedelta(hours=6)
+"""Of one message between processes that read or write a resume point or a model, at different speeds."""
 
 _together = False
+_timeout = PATIENCE
+_shares_gpu = False
+"""Whether another process has this one's CUDA device."""
 
 
 def join() -> None:
     """Meet the other processes of this torchrun. Each gets the CUDA device of its local rank where there is one.
 
-    Tensors on a CPU travel through gloo, tensors on a GPU through NCCL, pickled objects through gloo.
+    Tensors on a CPU travel through gloo, tensors on a GPU through NCCL, pickled objects through gloo. Processes that
+    share a device may still work on the CPU: :func:`check_own_gpu` refuses them otherwise.
     """
+    global _shares_gpu
     has_cuda = torch.cuda.is_available()
     if has_cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=TIMEOUT)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=PATIENCE)
+    if has_cuda:
+        gpus: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gpus, _gpu())
+        _shares_gpu = len(set(gpus)) < len(gpus)
+
+
+def _gpu() -> tuple[Any, ...]:
+    """What tells this process's CUDA device from all others, also where each process sees one device as number 0."""
+    index = torch.cuda.current_device()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return socket.gethostname(), visible, index, str(torch.cuda.get_device_properties(index).uuid)
+
+
+def check_own_gpu() -> None:
+    """Refuse work on GPUs where two processes of this torchrun have the same one, which NCCL cannot serve.
+
+    Raises:
+        ValueError: there are more processes than GPUs on a host.
+    """
+    num_gpus = torch.cuda.device_count()
+    require(
+        not _shares_gpu,
+        f"torchrun has started {os.environ.get('LOCAL_WORLD_SIZE', 'several')} processes on this host, where torch "
+        f"finds {num_gpus} CUDA device{'s' * (num_gpus != 1)}, and each process needs one of its own; start torchrun "
+        f"with --nproc-per-node {num_gpus}, or set engine.device=cpu",
+    )
 
 
 def leave() -> None:
@@ -47,6 +83,27 @@ def leave() -> None:
 def local_rank() -> int:
     """Number of this process on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def limited(timeout: timedelta) -> Iterator[None]:
+    """Have each message between processes that work together fail after ``timeout``: inside, no one waits longer.
+
+    A process that waits for gloo raises ``RuntimeError``; one that waits for NCCL is ended by torch's watchdog.
+    """
+    before = _timeout
+    _set_timeout(timeout)
+    try:
+        yield
+    finally:
+        _set_timeout(before)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    global _timeout
+    _timeout = timeout
+    if world_size() > 1:
+        distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ NUM_TARGETS = "num_targets"
 _REPORTED_NAMES = {
     "lm_loss": "lm_loss",
     "kld": "kld",
+    "kld_top_k": "kld_top_k",
     "top1_agreement": "top1_agreement_frac",
     "teacher_lm_loss": "teacher_lm_loss",
 }
@@ -75,22 +76,28 @@ def held_out_sums(
 
     Returns:
         Sums behind the metrics of :func:`evaluate_model`, and ``num_targets``. :func:`means` makes metrics of them.
-        A cached teacher has no ``teacher_lm_loss``, and its ``kld`` is on its likeliest tokens and the rest.
+        A cached teacher has no ``teacher_lm_loss``, and ``kld_top_k`` in place of ``kld``: on its likeliest tokens and
+        the rest, a lower bound.
     """
     return _sums(model, batch, None if teacher is None else teacher.signal(batch), chunk_tokens)
 
 
-def equal_shares(sequences: Tensor, *, rank: int, num_ranks: int) -> Batch:
-    """``rank``'s share of ``sequences`` [num_sequences, seq], as many for every rank.
+def equal_shares(sequences: Tensor | Batch, *, rank: int, num_ranks: int) -> Batch:
+    """``rank``'s share of ``sequences``, as many for every rank.
 
-    Where they do not come out even, the last ranks get sequences without labels, which count nothing: sharded models
-    need every rank in every forward.
+    Where they do not come out even, the last ranks get the first sequence without labels, which counts nothing: sharded
+    models need every rank in every forward.
+
+    Args:
+        sequences: token ids [num_sequences, seq], or a batch that says more of them (documents that are kept apart).
+        rank: whose share.
+        num_ranks: equal shares.
     """
-    share = -(-len(sequences) // num_ranks)
-    missing = share * num_ranks - len(sequences)
-    batch = Batch.of(torch.cat((sequences, sequences[:1].expand(missing, -1))))
-    batch.labels[len(sequences) :] = IGNORE_INDEX
-    batch.sequence_ids[len(sequences) :] = 0
+    whole = sequences if isinstance(sequences, Batch) else Batch.of(sequences)
+    share = -(-len(whole) // num_ranks)
+    missing = torch.zeros(share * num_ranks - len(whole), dtype=torch.int64)
+    batch = whole.select(torch.cat((torch.arange(len(whole)), missing)))
+    batch.labels[len(whole) :] = IGNORE_INDEX
     return batch.rows(rank * share, (rank + 1) * share)
 
 

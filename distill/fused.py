@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.engine.base import expect_shapes
+
 MAX_VARIANTS = 64
 """Of one compiled function: settings and data types, each for one number of tokens and for any."""
 
@@ -19,8 +21,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)
+        expect_shapes(MAX_VARIANTS)
         return torch.compile(function)
 
     @functools.wraps(function)

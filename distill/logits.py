@@ -1,9 +1,9 @@
 """Arithmetic on the logits of one chunk of tokens: softmax, divergences and their gradients.
 
-A chunk's logits are large (1 GiB in bf16 for 4,096 tokens of Llama 3's vocabulary), so what counts is how often they
+A chunk's logits are large (1 GiB in fp32 for 2,093 tokens of Llama 3's vocabulary), so what counts is how often they
 are read. On a GPU every function marked ``fused`` is compiled: the normalizers read each logits tensor once, a
-divergence reads both again and writes the gradient, and nothing of that size exists in fp32. On a CPU the same code
-runs as it stands. Arithmetic is in fp32 (fp64 stays).
+divergence reads both again and writes the gradient, and nothing else of that size exists. On a CPU the same code runs
+as it stands. Arithmetic is in fp32 (fp64 stays).
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ Kind = Literal["forward", "reverse", "jsd"]
 """As ``ObjectiveConfig.divergence``."""
 
 
+def divergence_name(kind: Kind, *, top_k: bool) -> str:
+    """What a divergence is called among metrics. One of a cached teacher (``top_k``) is another quantity: on k + 1
+    outcomes it is a lower bound of that on the whole vocabulary."""
+    name = {"forward": "kld", "reverse": "reverse_kld", "jsd": "jsd"}[kind]
+    return f"{name}_top_k" if top_k else name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
     """How far the student's distribution q is from the teacher's p, at one temperature.
@@ -33,11 +40,6 @@ class Divergence:
     kind: Kind = "forward"
     beta: float = 0.5
     temperature: float = 1.0
-
-    @property
-    def metric_name(self) -> str:
-        """What its value is called among metrics."""
-        return {"forward": "kld", "reverse": "reverse_kld", "jsd": "jsd"}[self.kind]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from distill.chunked_head import (
     HeadLosses,
     Outcomes,
     TopK,
-    TopTeacher,
     as_teacher,
     log_z_and_nll,
     matmul_operand,
@@ -29,7 +28,7 @@ from distill.chunked_head import (
 )
 from distill.data.batch import IGNORE_INDEX
 from distill.fused import at_least_fp32, fused
-from distill.logits import Divergence, Kind, VocabShard, divergence_value, whole_divergence
+from distill.logits import Divergence, Kind, VocabShard, divergence_name, divergence_value, whole_divergence
 
 
 def normalized_mse(child: Tensor, parent: Tensor) -> Tensor:
@@ -52,12 +51,19 @@ def hidden_cosine(student: Tensor, teacher: Tensor, num_positions: int | None = 
     return _HiddenDistance.apply(student, teacher.detach(), "cosine") / (num_positions or student[..., 0].numel())
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """sum (student - teacher)^2 / sum teacher^2 over all elements, in fp32, with the gradient of the student alone.
+def hidden_mse(student: Tensor, teacher: Tensor, num_positions: int | None = None) -> Tensor:
+    """Sum over positions of |student - teacher|^2 / |teacher|^2, divided by ``num_positions``, in fp32.
 
-    Keeps nothing for the backward pass but the two arguments.
+    Every position is relative to its own norm: one with a massive activation weighs as much as any other, and what
+    batches, micro-batches and ranks contribute adds up. Keeps nothing for the backward pass but the two arguments and
+    two numbers per position. A position where the teacher is zero counts 0 and has no gradient.
+
+    Args:
+        student: hidden [..., hidden].
+        teacher: hidden [..., hidden] of the same shape, without gradient.
+        num_positions: of the whole optimizer step; None: those at hand, which gives their mean.
     """
-    return _HiddenDistance.apply(student, teacher.detach(), "mse")
+    return _HiddenDistance.apply(student, teacher.detach(), "mse") / (num_positions or student[..., 0].numel())
 
 
 def head_losses(
@@ -109,7 +115,8 @@ def head_losses(
 
     Returns:
         The loss, and detached sums over ``num_targets`` in nats, whatever their weights: ``lm_loss`` and, if a teacher
-        is given, the divergence with T^2 as ``kld``, ``reverse_kld`` or ``jsd``.
+        is given, the divergence with T^2 as ``kld``, ``reverse_kld`` or ``jsd``, of ``teacher_top`` as ``kld_top_k``,
+        ``reverse_kld_top_k`` or ``jsd_top_k``.
     """
     teacher = as_teacher(teacher_hidden, teacher_head, teacher_top)
     assert teacher is not None or kld_weight == 0, "a divergence needs a teacher"
@@ -127,7 +134,7 @@ def head_losses(
     )
     train = torch.is_grad_enabled() and max(chunks.weights) > 0
     loss, divergence_mean, lm_mean = HeadLosses.apply(student_hidden, student_head, chunks, chunk_tokens, train)
-    metrics = {} if teacher is None else {chunks.divergence.metric_name: divergence_mean}
+    metrics = {} if teacher is None else {divergence_name(divergence, top_k=teacher_top is not None): divergence_mean}
     return loss, metrics | {"lm_loss": lm_mean}
 
 
@@ -148,9 +155,9 @@ def token_metrics(
     Arguments are those of :func:`head_losses`.
 
     Returns:
-        fp32 tensors [tokens], 0 at IGNORE_INDEX: ``lm_loss`` in nats and, if a teacher is given, ``kld`` (KL(teacher ||
-        student), in nats), ``top1_agreement`` (1 where both put the same token first) and, unless it is cached,
-        ``teacher_lm_loss``.
+        fp32 tensors [tokens], 0 at IGNORE_INDEX: ``lm_loss`` in nats and, if a teacher is given, ``top1_agreement`` (1
+        where both put the same token first), ``kld`` (KL(teacher || student), in nats) and ``teacher_lm_loss``. A
+        cached one has no ``teacher_lm_loss``, and ``kld_top_k`` in place of ``kld``.
     """
     teacher, shard = as_teacher(teacher_hidden, teacher_head, teacher_top), VocabShard(len(student_head), vocab_group)
     operand = matmul_operand(student_head, student_hidden)
@@ -159,9 +166,9 @@ def token_metrics(
         student = project(student_hidden[rows], operand)
         first = shard.argmax(student)
         found = {}
-        if isinstance(teacher, TopTeacher):
-            outcomes = Outcomes.of(student, teacher.rows(rows), labels[rows], shard)
-            found["kld"], _ = whole_divergence(outcomes.log_p, outcomes.log_q, Divergence())
+        if isinstance(teacher, TopK):
+            outcomes = Outcomes.of(student, teacher.outcomes(rows), labels[rows], shard)
+            found["kld_top_k"], _ = whole_divergence(outcomes.log_p, outcomes.log_q, Divergence())
             found["top1_agreement"] = first == teacher.first(rows)
             found["lm_loss"] = outcomes.nll
         else:
@@ -177,17 +184,13 @@ def token_metrics(
 
 
 class _HiddenDistance(torch.autograd.Function):
-    """Sum of cosine distances, or normalized squared error. Both gradients are ``a * teacher + b * student``."""
+    """Sum over positions of a distance, whose gradient is ``a * teacher + b * student``."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-        if kind == "mse":
-            error, total = (x.sum() for x in _squares(student, teacher))
-            ctx.save_for_backward(student, teacher, -2 / total, 2 / total)
-            return error / total
-        cosine, by_teacher, by_student = _cosine(student, teacher)
+        distance, by_teacher, by_student = (_relative_error if kind == "mse" else _cosine_distance)(student, teacher)
         ctx.save_for_backward(student, teacher, by_teacher, by_student)
-        return (1 - cosine).sum()
+        return distance.sum()
 
     @staticmethod
     @once_differentiable
@@ -197,15 +200,18 @@ class _HiddenDistance(torch.autograd.Function):
 
 
 @fused
-def _squares(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms [...] of the difference and of the teacher."""
+def _relative_error(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distance over the teacher's squared norm [..., 1], and the factors of teacher and student in its
+    gradient."""
     student, teacher = at_least_fp32(student), at_least_fp32(teacher)
-    return (student - teacher).square().sum(-1), teacher.square().sum(-1)
+    error, square = (x.square().sum(-1, keepdim=True) for x in (student - teacher, teacher))
+    inverse = square.clamp_min(torch.finfo(square.dtype).tiny).reciprocal().where(square > 0, 0)
+    return error * inverse, -2 * inverse, 2 * inverse
 
 
 @fused
-def _cosine(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine [..., 1], and the factors of teacher and student in the gradient of one minus it."""
+def _cosine_distance(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One minus the cosine [..., 1], and the factors of teacher and student in its gradient."""
     student, teacher = at_least_fp32(student), at_least_fp32(teacher)
     dot, student_square, teacher_square = (
         product.sum(-1, keepdim=True) for product in (student * teacher, student.square(), teacher.square())
@@ -214,7 +220,7 @@ def _cosine(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = student_square.clamp_min(tiny).rsqrt() * teacher_square.clamp_min(tiny).rsqrt()
     inverse = inverse.where((student_square > 0) & (teacher_square > 0), 0)
     cosine = dot * inverse
-    return cosine, -inverse, cosine / student_square.clamp_min(tiny)
+    return 1 - cosine, -inverse, cosine / student_square.clamp_min(tiny)
 
 
 @fused

@@ -2,7 +2,7 @@
 
 Both functions change how the modules of one causal LM run, in place, before it is wrapped for several ranks, and leave
 names and values of its parameters alone. Block inputs come back bit by bit. Tiles give the same gradients up to the
-order of additions: a weight's is the sum over the tiles, added up in the type of the weight that the product ran with.
+order of additions: a weight's is the sum over the tiles, added up in fp32 (:mod:`distill.tile_weights`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from distill.tile_weights import TiledModule
 
 PIECE_BYTES = 32 * 2**20
 """Unit of CPU memory for block inputs. A power of two: pinned allocations are rounded up to the next one, which for
@@ -39,7 +41,7 @@ def tile_ffns(model: nn.Module, tile_tokens: int, *, compile: bool = False) -> N
     widest = max(widths.values())
     for module, width in widths.items():
         run = torch.compile(module.forward, dynamic=False) if compile else module.forward
-        module.forward = partial(_in_tiles, run, tile_tokens * widest // width)
+        module.forward = partial(_in_tiles, run, TiledModule(module, compiled=compile), tile_tokens * widest // width)
 
 
 def offload_block_inputs(model: nn.Module) -> HostBuffers:
@@ -79,16 +81,21 @@ def _width(module: nn.Module) -> int:
 
 
 @torch.compiler.disable(recursive=False)
-def _in_tiles(run: Callable[..., Tensor], tile_tokens: int, hidden: Tensor, *rest: Any) -> Tensor:
+def _in_tiles(run: Callable[..., Tensor], module: TiledModule, tile_tokens: int, hidden: Tensor, *rest: Any) -> Tensor:
     num_tokens = hidden[..., 0].numel()
     if num_tokens <= tile_tokens:
         return run(hidden, *rest)
     num_tiles = -(-num_tokens // tile_tokens)
     tiles = hidden.reshape(1, num_tokens, -1).split(-(-num_tokens // num_tiles), dim=1)
     if torch.is_grad_enabled():
+        weights = module.weights(len(tiles))
         # A random state would be kept per tile, for nothing.
-        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([run(tile, *rest) for tile in tiles], dim=1).view(hidden.shape)
+        run = partial(checkpoint, partial(weights.run, run), use_reentrant=False, preserve_rng_state=False)
+        outputs = [run(tile, *rest) for tile in tiles]
+        weights.forget_casts()
+    else:
+        outputs = [run(tile, *rest) for tile in tiles]
+    return torch.cat(outputs, dim=1).view(hidden.shape)
 
 
 @torch.compiler.disable(recursive=False)

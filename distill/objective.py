@@ -40,8 +40,7 @@ class Objective:
 
     - divergence and cross-entropy: sum over positions with a label / labels of the step;
     - hidden cosine: mean over student blocks of the sum over all positions / positions of the step;
-    - hidden MSE: mean over student blocks of sum |s - t|^2 / sum |t|^2 over the batch at hand, times its share of the
-      step's positions. The ratio over the whole step would need the teacher's norm before the first backward pass.
+    - hidden MSE: likewise of |s - t|^2 / |t|^2, each position relative to its own norm.
 
     Raises:
         ValueError: a term needs a teacher and there is none, or a cache is asked for what it does not hold.
@@ -86,8 +85,9 @@ class Objective:
             totals: of the whole step; None: the batch is the whole step.
 
         Returns:
-            The loss and, detached, the same contributions to ``loss``, ``kld`` (or ``reverse_kld``, ``jsd``),
-            ``hidden_cosine``, ``hidden_mse`` and ``lm_loss`` (those that were computed), on the device.
+            The loss and, detached, the same contributions to ``loss``, ``kld`` (or ``reverse_kld``, ``jsd``; from a
+            cache ``kld_top_k`` and so on), ``hidden_cosine``, ``hidden_mse`` and ``lm_loss`` (those that were
+            computed), on the device.
         """
         totals = totals or Totals.of(batch)
         compares_hidden = self.config.compares_hidden
@@ -116,13 +116,11 @@ class Objective:
         self, blocks: Sequence[Tensor], taught: TeacherSignal, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = [(block, taught.blocks[index]) for block, index in zip(blocks, self.layer_map, strict=True)]
-        terms = {}
-        if self.config.hidden_cosine > 0:
-            distances = [hidden_cosine(*pair, totals.num_positions) for pair in pairs]
-            terms["hidden_cosine"] = torch.stack(distances).mean()
-        if self.config.hidden_mse > 0:
-            share = blocks[0][..., 0].numel() / totals.num_positions
-            terms["hidden_mse"] = torch.stack([hidden_mse(*pair) for pair in pairs]).mean() * share
+        terms = {
+            name: torch.stack([distance(*pair, totals.num_positions) for pair in pairs]).mean()
+            for name, distance in (("hidden_cosine", hidden_cosine), ("hidden_mse", hidden_mse))
+            if getattr(self.config, name) > 0
+        }
         loss = torch.stack([getattr(self.config, name) * term for name, term in terms.items()]).sum()
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -150,6 +148,6 @@ class Objective:
 def teacher_arguments(signal: TeacherSignal) -> dict[str, Any]:
     """A teacher's signal as arguments of :func:`distill.losses.head_losses` and ``token_metrics``."""
     if signal.top is not None:
-        return {"teacher_top": (signal.top.token_ids.flatten(0, 1), signal.top.log_probs.flatten(0, 1))}
+        return {"teacher_top": signal.top.map(lambda tensor: tensor.flatten(0, 1))}
     assert signal.hidden is not None
     return {"teacher_hidden": signal.hidden.flatten(0, 1), "teacher_head": signal.head}

@@ -10,9 +10,7 @@ A point belongs to one process (:func:`save`, :func:`latest`) or to all that wor
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from distill import distributed
 from distill.engine.base import TensorGroups
+from distill.files import flush_to_disk, sha256_of
 
 NUM_KEPT = 2
 """Resume points that stay: the newest, and the one before in case the disk damages it."""
@@ -90,7 +89,7 @@ def save_together(directory: Path, step: int, *, write: Callable[[Path], None], 
         ValueError: as :func:`save`, in the process that could not write.
     """
     final, partial = _places(directory, step)
-    with _explained(directory, step):
+    with _explained(directory, step), distributed.limited(distributed.STORAGE_TIMEOUT):
         if distributed.is_main():
             _start(partial)
         distributed.barrier()
@@ -98,10 +97,12 @@ def save_together(directory: Path, step: int, *, write: Callable[[Path], None], 
         if distributed.is_main():
             _write_state(partial, state)
         distributed.barrier()
-        described = [_described(path) for path in _own_share(_files(partial))]
-        files = sorted(entry for entries in distributed.gather_objects(described) for entry in entries)
+        # One process's list for all: others may see what is new in a shared directory only later.
+        names = distributed.gather_objects([path.relative_to(partial) for path in _files(partial)])[0]
+        described = [_described(partial / name) for name in _own_share(names)]
+        files = [entry for entries in distributed.gather_objects(described) for entry in entries]
         if distributed.is_main():
-            _commit(partial, final, files)
+            _commit(partial, final, sorted(files, key=lambda entry: entry[0]))
         distributed.barrier()
     return final
 
@@ -118,11 +119,29 @@ def latest_together(directory: Path) -> ResumePoint | None:
     """As :func:`latest`, the same point in every process; every process calls it."""
     # What one process sees of a shared directory, all others may see later.
     points = distributed.gather_objects(list(_points(directory).items()))[0]
-    for step, path in reversed(points):
-        damages = distributed.gather_objects(_damage(path, own_share=True))
-        if (point := _whole(path, step, next((damage for damage in damages if damage), None))) is not None:
-            return point
+    with distributed.limited(distributed.STORAGE_TIMEOUT):
+        for step, path in reversed(points):
+            damages = distributed.gather_objects(_damage(path, own_share=True))
+            if (point := _whole(path, step, next((damage for damage in damages if damage), None))) is not None:
+                return point
     return None
+
+
+def load_together(point: ResumePoint, load: Callable[[Path], None]) -> None:
+    """Call ``load`` with the directory of ``point``; every process calls it.
+
+    Raises:
+        ValueError: its files do not hold what is asked for, or could not be read.
+    """
+    try:
+        with distributed.limited(distributed.STORAGE_TIMEOUT):
+            load(point.directory)
+    except (OSError, KeyError, SafetensorError, CheckpointException) as error:
+        raise ValueError(
+            f"resume point {point.directory} could not be loaded: {_first_line(error)}; where the code or its "
+            "libraries have changed since, go back to what wrote it; otherwise remove it, and run again to go on from "
+            "the one before it, if there is one"
+        ) from error
 
 
 def _whole(path: Path, step: int, damage: str | None) -> ResumePoint | None:
@@ -174,13 +193,13 @@ def _write_state(partial: Path, state: dict[str, Any]) -> None:
 def _commit(partial: Path, final: Path, files: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Write the marker over the files that are described, and have the point appear."""
     (partial / _MARKER).write_text(json.dumps({"files": dict(files)}, indent=1))
-    _fsync(partial / _MARKER)
+    flush_to_disk(partial / _MARKER)
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _fsync(path)
+        flush_to_disk(path)
     if final.exists():  # Only a damaged point is written again.
         shutil.rmtree(final)
     partial.rename(final)
-    _fsync(final.parent)
+    flush_to_disk(final.parent)
     _remove_all_but_last(final.parent, int(final.name.removeprefix("step_")))
 
 
@@ -196,9 +215,9 @@ def _own_share(files: Sequence[Any]) -> Sequence[Any]:
 
 def _described(path: Path) -> tuple[str, dict[str, Any]]:
     """Name within the point, and size and checksum, of a file that is on disk from then on."""
-    _fsync(path)
+    flush_to_disk(path)
     point = next(parent for parent in path.parents if parent.name.startswith("step_"))
-    return str(path.relative_to(point)), {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return str(path.relative_to(point)), {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _damage(path: Path, *, own_share: bool = False) -> str | None:
@@ -209,7 +228,7 @@ def _damage(path: Path, *, own_share: bool = False) -> str | None:
             num_bytes = (path / name).stat().st_size
             if num_bytes != expected["bytes"]:
                 return f"{name} has {num_bytes} bytes, not {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
+            if sha256_of(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
@@ -237,19 +256,3 @@ def _remove_all_but_last(directory: Path, newest_step: int) -> None:
     for step, path in points.items():
         if step not in kept:
             shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ vocabularies can be asked too. Every value is one token: one forward ranks all c
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,13 @@ class Needles:
 
 
 def make_needles(
-    dataset: TokenDataset, *, length: int, num_needles: int, seed: int, task: RetrievalTask = SINGLE
+    dataset: TokenDataset,
+    *,
+    length: int,
+    num_needles: int,
+    seed: int,
+    task: RetrievalTask = SINGLE,
+    node: str = "evaluate",
 ) -> Needles:
     """Questions of ``task``, each in a stretch of the validation split.
 
@@ -85,6 +92,7 @@ def make_needles(
         num_needles: questions.
         seed: of everything random.
         task: what is hidden.
+        node: configuration node of ``lengths``, for errors.
 
     Raises:
         ValueError: ``length`` leaves no room for text, or the validation split is shorter.
@@ -104,10 +112,10 @@ def make_needles(
         num_question_tokens = sum(map(len, hidden)) + len(cues[0])
         require(
             length > num_question_tokens,
-            f"evaluate.lengths has {length}, and a retrieval question ({task.name}) alone takes {num_question_tokens} "
+            f"{node}.lengths has {length}, and a retrieval question ({task.name}) alone takes {num_question_tokens} "
             "tokens; use lengths of 128 or more",
         )
-        text = _stretch(split, length - num_question_tokens, rng)
+        text = _stretch(split, length - num_question_tokens, rng, node)
         depths = [round(len(text) * number / max(1, num_needles - 1))]
         depths += [rng.randrange(len(text) + 1) for _ in hidden[1:]]
         input_ids.append([*_insert(text, hidden, depths), *cues[0]])
@@ -138,10 +146,25 @@ class LengthProbe:
         return measured
 
 
-def make_probe(dataset: TokenDataset, config: EvaluateConfig, *, length: int, seed: int) -> LengthProbe:
+def measure_lengths(
+    model: PreTrainedModel, probes: Mapping[int, LengthProbe], *, max_positions: int, chunk_tokens: int
+) -> dict[str, dict[str, float | None]]:
+    """Columns of one model by length, without values where a length is beyond its ``max_positions``."""
+    return {
+        str(length): probe.measure(model, chunk_tokens=chunk_tokens)
+        if length <= max_positions
+        else dict.fromkeys(LENGTH_COLUMNS)
+        for length, probe in probes.items()
+    }
+
+
+def make_probe(
+    dataset: TokenDataset, config: EvaluateConfig, *, length: int, seed: int, node: str = "evaluate"
+) -> LengthProbe:
     """Sequences and needles of ``length`` tokens: as many tokens in all, and in a batch, as the main evaluation has.
 
-    Tasks of several needles are left out where ``length`` is too short for their questions.
+    Tasks of several needles are left out where ``length`` is too short for their questions. ``node`` is the
+    configuration node of the lengths, for errors.
 
     Raises:
         ValueError: the validation split is too short, or ``length`` is too short for a single needle.
@@ -150,9 +173,12 @@ def make_probe(dataset: TokenDataset, config: EvaluateConfig, *, length: int, se
     sequences = dataset.split("validation").first(num_sequences, length)
     needles: dict[str, Needles | None] = {}
     for task in TASKS:
-        options = {"length": length, "num_needles": config.num_needles, "seed": seed}
         fits = task == SINGLE or length > _most_question_tokens(dataset, task)
-        needles[task.column] = make_needles(dataset, **options, task=task) if fits else None
+        needles[task.column] = (
+            make_needles(dataset, length=length, num_needles=config.num_needles, seed=seed, task=task, node=node)
+            if fits
+            else None
+        )
     return LengthProbe(
         sequences=sequences,
         needles=needles,
@@ -226,12 +252,12 @@ def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return words[:_NUM_WORDS]
 
 
-def _stretch(split: TokenSplit, num_tokens: int, rng: random.Random) -> list[int]:
+def _stretch(split: TokenSplit, num_tokens: int, rng: random.Random, node: str) -> list[int]:
     """Token ids of a random stretch of ``num_tokens`` tokens."""
     require(
         num_tokens <= split.num_tokens,
         f"retrieval needs {num_tokens} tokens of {split.name} text in a row, the data has {split.num_tokens}; "
-        f"raise data.{split.name}_tokens or lower evaluate.lengths",
+        f"raise data.{split.name}_tokens or lower {node}.lengths",
     )
     start = rng.randrange(split.num_tokens - num_tokens + 1)
     return [int(token) for token in split.tokens[start : start + num_tokens]]

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill.config import require
+from distill.flex_attention import attend
 
 ULYSSES = "ulysses"
 """Name of the attention implementation in transformers."""
@@ -81,7 +82,7 @@ def ulysses_attention(
         query: [batch, heads, part, head_dim], rotated.
         key: [batch, kv_heads, part, head_dim], rotated. Any number of KV heads that divides ``heads``: where the ranks
             do not divide it, each KV head is repeated as often as it takes.
-        value: as ``key``.
+        value: as ``key``. All three travel and attend in its data type: under autocast the rotated ones are fp32.
         attention_mask: of the whole sequence: None (causal), a tensor [batch or 1, 1, seq, seq] or a BlockMask.
         options: ``scaling`` and ``dropout``.
 
@@ -90,17 +91,17 @@ def ulysses_attention(
     """
     assert _group is not None, "use_ulysses comes first"
     size = _group.size()
+    query, key = query.to(value.dtype), key.to(value.dtype)
     repeats = size // gcd(size, key.shape[1])
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     heads = [tensor.shape[1] // size for tensor in (query, key, value)]
     query, key, value = _to_heads((query, key, value), _group).split(heads, dim=1)
-    output = _attend(module, query, key, value, attention_mask, **options)
+    output = _attend(query, key, value, attention_mask, **options)
     return _to_parts(output, _group), None
 
 
 def _attend(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -112,8 +113,7 @@ def _attend(
 ) -> Tensor:
     """Attention of some heads: [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim]."""
     if isinstance(attention_mask, BlockMask):
-        flex_attention = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-        return flex_attention(module, query, key, value, attention_mask, scaling=scaling)[0]
+        return attend(query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     output = scaled_dot_product_attention(
         query,
         key,

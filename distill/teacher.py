@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distill.chunked_head import TopK
 from distill.config import EngineConfig, require
-from distill.data.batch import Batch
+from distill.data.batch import Batch, moved_tensor
 from distill.engine.setup import TeacherStore
 from distill.forward import forward_inputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopK:
-    """The most probable next tokens of a teacher at temperature 1, most probable first.
-
-    All other tokens together are one rest token, of mass ``1 - sum(exp(log_probs))``: in fp32 that is good to 1e-7, and
-    where there is no other token it may come out as little below 0.
-    """
-
-    token_ids: Tensor
-    """int64 [batch, seq, k]"""
-    log_probs: Tensor
-    """fp32 [batch, seq, k], in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +28,14 @@ class TeacherSignal:
     """Output [batch, seq, hidden] of the teacher's blocks that were asked for, by index; the last block's is taken
     after the final norm, as transformers reports it."""
     top: TopK | None = None
-    """From a cache, in place of the others."""
+    """Of [batch, seq, k]: from a cache, in place of the others."""
 
 
 class Teacher:
     """A frozen model that runs in the precision of its own weights, on any device.
 
     Where it is not the student's, tokens travel to it and signals back in the order of the devices' streams: the host
-    waits for nothing, unless the teacher is on the CPU and the student is not.
+    waits for nothing. A teacher on the CPU reads the batch that was there before it was moved to the student.
 
     Args:
         model: causal LM with the Hugging Face surface. It is put in eval mode and its parameters are frozen.
@@ -78,7 +65,7 @@ class Teacher:
         Between the two calls the student's forward pass is to be launched. A teacher on another GPU then runs beside
         it; one on the CPU runs in the second call, while the GPU works off what was launched.
         """
-        own = _moved(batch, self.device)
+        own = batch.to(self.device)
         if self.device.type == "cpu":
             return lambda: self._delivered(self._run(own, blocks), batch.input_ids.device)
         signal = self._run(own, blocks)
@@ -101,16 +88,16 @@ class Teacher:
     def _delivered(self, signal: TeacherSignal, device: torch.device) -> TeacherSignal:
         assert signal.hidden is not None
         return TeacherSignal(
-            hidden=_to(signal.hidden, device),
+            hidden=moved_tensor(signal.hidden, device),
             head=self._head(device),
-            blocks={block: _to(hidden, device) for block, hidden in signal.blocks.items()},
+            blocks={block: moved_tensor(hidden, device) for block, hidden in signal.blocks.items()},
         )
 
     def _head(self, device: torch.device) -> Tensor:
         """The LM head on ``device``: copied there once. One that is dealt over ranks is gathered every time."""
         weight = self.model.get_output_embeddings().weight
         if isinstance(weight, DTensor):
-            return _to(weight.full_tensor(), device)
+            return moved_tensor(weight.full_tensor(), device)
         if weight.device == device:
             return weight
         if device not in self._heads:
@@ -141,13 +128,11 @@ class CachedTeacher:
         return self.start(batch, blocks)()
 
     def start(self, batch: Batch, blocks: Collection[int] = ()) -> Callable[[], TeacherSignal]:
-        """As :meth:`Teacher.start`: the files are read and the copy to the device is launched at once."""
+        """As :meth:`Teacher.start`: this rank's part is read and its copy to the device is launched at once."""
         assert not blocks, "hidden states are not cached"
-        top: TopK = self._store.signal(batch.sequence_ids, device=batch.input_ids.device)
-        if self._num_parts > 1:
-            size = batch.input_ids.shape[1]
-            own = slice(self._part * size, (self._part + 1) * size)
-            top = TopK(token_ids=top.token_ids[:, own], log_probs=top.log_probs[:, own])
+        size = batch.input_ids.shape[1]
+        own = slice(self._part * size, (self._part + 1) * size)
+        top: TopK = self._store.signal(batch.sequence_ids, own, device=batch.input_ids.device)
         assert top.token_ids.shape[:2] == batch.input_ids.shape
         return lambda: TeacherSignal(top=top)
 
@@ -175,25 +160,3 @@ def resolve_teacher_device(engine: EngineConfig, student_device: torch.device) -
         f"engine.teacher_device={name}, but torch finds {num_devices} CUDA devices; {way_out} below that number",
     )
     return device
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    """``batch`` on ``device``; the same one if it is there already."""
-    if batch.input_ids.device == device:
-        return batch
-    tensors = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name != "separate_documents"}
-    return replace(batch, **{name: _to(tensor, device) for name, tensor in tensors.items()})
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``. The host waits only where the copy goes to the CPU, where nothing else would.
-
-    From GPU to GPU torch has the copy wait for both current streams and both for the copy; pinned memory is not used
-    again before the copy out of it is done.
-    """
-    if tensor.device == device:
-        return tensor
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        # What is expanded cannot be pinned.
-        tensor = tensor.contiguous().pin_memory()
-    return tensor.to(device, non_blocking=device.type == "cuda")

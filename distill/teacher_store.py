@@ -14,9 +14,7 @@ The index, :class:`distill.teacher_cache.CacheIndex`, has the size and checksum 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,14 +27,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.chunked_head import TopK, matmul_operand, project, row_chunks
 from distill.config import require
-from distill.data.batch import IGNORE_INDEX, Batch
+from distill.data.batch import IGNORE_INDEX, Batch, moved_tensor
 from distill.data.dataset import TokenDataset, TokenSplit, documents_apart
-from distill.teacher import Teacher, TopK
+from distill.files import flush_to_disk, sha256_of
+from distill.teacher import Teacher
 from distill.teacher_cache import CacheIndex, ShardRecord, TeacherCacheConfig, hash_of_tokens, id_bytes, shard_name
 
-LOGIT_BYTES = 2**29
-"""Most bytes of fp32 logits at once."""
 SMALLEST_LOG_PROB = -1e4
 """A token that a teacher rules out has probability 0 at this log-probability too, and 0 times it is not NaN."""
 MAX_OPEN_SHARDS = 256
@@ -85,7 +83,7 @@ def read_record(directory: Path, shard: Shard) -> ShardRecord | None:
 def is_whole(directory: Path, shard: Shard) -> bool:
     """Whether the file of ``shard`` is what was written, checksum included."""
     record = read_record(directory, shard)
-    return record is not None and _sha256(directory / shard.name) == record.sha256
+    return record is not None and sha256_of(directory / shard.name) == record.sha256
 
 
 def write_shard(
@@ -113,13 +111,13 @@ def write_shard(
     file = directory / shard.name
     partial = file.with_suffix(".tmp")
     save_file(tensors, partial)
-    _fsync(partial)
+    flush_to_disk(partial)
     partial.rename(file)
     tokens = split.tokens[shard.first * config.seq_len : shard.end * config.seq_len]
     record = ShardRecord(
         **asdict(shard),
         num_bytes=file.stat().st_size,
-        sha256=_sha256(file),
+        sha256=sha256_of(file),
         tokens_sha256=hash_of_tokens(tokens),
         tail_mass=tail_mass,
     )
@@ -130,11 +128,12 @@ def write_shard(
 
 
 def top_signals(hidden: Tensor, head: Tensor, labels: Tensor, top_k: int) -> dict[str, Tensor]:
-    """What a cache keeps of one distribution per token. Logits exist for :data:`LOGIT_BYTES` at a time.
+    """What a cache keeps of one distribution per token, of the logits that a student is compared with beside a teacher
+    that runs: fp32, of a chunk of tokens at a time.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
-        head: [vocab, hidden], in the same data type.
+        head: [vocab, hidden].
         labels: next tokens [tokens], IGNORE_INDEX where there is none.
         top_k: tokens kept.
 
@@ -142,10 +141,10 @@ def top_signals(hidden: Tensor, head: Tensor, labels: Tensor, top_k: int) -> dic
         ``token_ids`` int64 and ``log_probs`` fp32, [tokens, k], most probable first; ``log_tails`` fp32 [tokens], of
         the mass of all others; ``nll`` fp32 [tokens], the loss at the label, 0 where there is none.
     """
-    chunk_tokens = max(1, LOGIT_BYTES // (4 * len(head)))
+    operand = matmul_operand(head, hidden)
     chunks = [
-        _top_of_logits((chunk @ head.T).to(torch.promote_types(chunk.dtype, torch.float32)), chunk_labels, top_k)
-        for chunk, chunk_labels in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+        _top_of_logits(project(hidden[rows], operand), labels[rows], top_k)
+        for rows in row_chunks(len(labels), operand, 0)
     ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -171,19 +170,20 @@ class SplitSignals:
     """Signals of one split, a :class:`distill.engine.setup.TeacherStore`. Files are mapped where they are touched."""
 
     def __init__(self, directory: Path, index: CacheIndex, split: str) -> None:
-        self.vocab_size = index.vocab_size
-        self.seq_len = index.seq_len
         self.num_sequences = index.num_sequences(split)
         self._directory = directory
         self._names = [shard.name for shard in index.shards if shard.split == split]
         self._firsts = [shard.first for shard in index.shards if shard.split == split]
         self._file = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
 
-    def signal(self, sequence_ids: Tensor, *, device: torch.device) -> TopK:
-        """Signals of whole sequences ``sequence_ids`` [batch], on ``device``, without waiting for it."""
-        token_ids = self._read("token_ids", sequence_ids, device)
-        log_probs = self._read("log_probs", sequence_ids, device).float()
-        kept = -torch.expm1(self._read("log_tails", sequence_ids, device).float())
+    def signal(self, sequence_ids: Tensor, positions: slice, *, device: torch.device) -> TopK:
+        """Signals [batch, positions, k] of sequences ``sequence_ids`` [batch], on ``device``, without waiting for it.
+
+        Nothing else is read. Numbers reach the device as they are stored.
+        """
+        token_ids = self._read("token_ids", sequence_ids, device, positions)
+        log_probs = self._read("log_probs", sequence_ids, device, positions).float()
+        kept = -torch.expm1(self._read("log_tails", sequence_ids, device, positions).float())
         # To the mass that the tail leaves, which fp16 rounds less than it rounds the sum of the others.
         log_probs += (kept.log() - log_probs.logsumexp(-1))[..., None]
         return TopK(token_ids=_unsigned(token_ids), log_probs=log_probs)
@@ -195,16 +195,16 @@ class SplitSignals:
         losses = self._read("lm_loss", ids, torch.device("cpu")).double()
         return float((losses * counts).sum() / counts.sum())
 
-    def _read(self, name: str, sequence_ids: Tensor, device: torch.device) -> Tensor:
-        rows = torch.stack([_signed(row) for row in self._rows(name, sequence_ids.tolist())])
-        return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+    def _read(self, name: str, sequence_ids: Tensor, device: torch.device, *positions: slice) -> Tensor:
+        rows = [_signed(row) for row in self._rows(name, sequence_ids.tolist(), *positions)]
+        return moved_tensor(torch.stack(rows), device)
 
-    def _rows(self, name: str, sequence_ids: list[int]) -> Iterator[Tensor]:
+    def _rows(self, name: str, sequence_ids: list[int], *positions: slice) -> Iterator[Tensor]:
         for index in sequence_ids:
             assert 0 <= index < self.num_sequences, f"sequence {index} is not cached"
             shard = bisect_right(self._firsts, index) - 1
             row = index - self._firsts[shard]
-            yield self._file(shard).get_slice(name)[row : row + 1][0]
+            yield self._file(shard).get_slice(name)[(slice(row, row + 1), *positions)][0]
 
     def _open(self, shard: int) -> Any:
         return safe_open(self._directory / self._names[shard], framework="pt")
@@ -230,23 +230,12 @@ class SignalStore:
         train, validation = (SplitSignals(directory, index, split) for split in ("train", "validation"))
         return cls(directory=directory, index=index, train=train, validation=validation)
 
-    def verify(self) -> None:
-        """Raise ``ValueError`` for the first file whose content is not what its index says. Reads all of them."""
-        for shard in self.index.shards:
-            require(
-                _sha256(self.directory / shard.name) == shard.sha256,
-                f"{self.directory / shard.name} was altered: its checksum differs from the index's; run stage "
-                "cache_teacher again",
-            )
-
 
 def _batches(shard: Shard, split: TokenSplit, config: TeacherCacheConfig, eos_token_id: int) -> Iterator[Batch]:
-    # Held-out sequences are read as a whole by every evaluation.
-    is_apart = config.separate_documents and shard.split == "train"
     for first in range(shard.first, shard.end, config.batch_size):
         indices = range(first, min(first + config.batch_size, shard.end))
         batch = replace(Batch.of(split.sequences(config.seq_len, indices)), sequence_ids=torch.tensor(indices))
-        yield documents_apart(batch, eos_token_id) if is_apart else batch
+        yield documents_apart(batch, eos_token_id) if config.separate_documents else batch
 
 
 @torch.no_grad()
@@ -292,19 +281,3 @@ def _unsigned(token_ids: Tensor) -> Tensor:
 
 def _note(directory: Path, shard: Shard) -> Path:
     return (directory / shard.name).with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

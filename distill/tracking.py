@@ -12,12 +12,17 @@ from typing import Any
 from distill.config import TrackingConfig
 from distill.metrics import Row
 
+SENT_FILE = "wandb_rows"
+"""As many bytes long as there are rows before the first that W&B has not been given."""
+
 
 class Tracker:
     """Writes rows of metrics, one JSON object a line, and to W&B under x = tokens.
 
     The file starts empty: a resumed run first gives back the rows of its resume point through :meth:`restore`, so the
-    file never holds rows of steps that were lost. W&B continues the run of the same name.
+    file never holds rows of steps that were lost. W&B continues the run of the same name. It cannot take back the rows
+    between that resume point and the end of the earlier attempt: their number is their W&B step, and a row whose number
+    W&B has already is not sent again.
 
     Args:
         path: the JSONL file.
@@ -26,6 +31,8 @@ class Tracker:
         step_name: name of the step within it; both together name the W&B run.
         stage: name of the stage, the W&B job type.
         settings: resolved configuration, shown beside the run.
+        resume_dir: private directory that survives the attempt; there stands which rows W&B has been given, which an
+            offline run does not know of its predecessor.
 
     Raises:
         ValueError: W&B is asked for and not installed, or does not start.
@@ -40,8 +47,11 @@ class Tracker:
         step_name: str,
         stage: str,
         settings: Mapping[str, Any],
+        resume_dir: Path,
     ) -> None:
         self._wandb_run: Any = None
+        self._num_rows = 0
+        self._num_sent = 0
         if config.wandb != "off":
             self._wandb_run = _start_wandb(
                 project=config.project,
@@ -55,13 +65,18 @@ class Tracker:
                 resume="allow",
                 config=dict(settings),
             )
+            sent = resume_dir / SENT_FILE
+            self._num_sent = max(self._wandb_run.step, sent.stat().st_size if sent.is_file() else 0)
+            self._sent = sent.open("ab")
         self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def log(self, row: Row) -> None:
         """Write one row. Rows reach the file at once."""
+        number = self._num_rows
         self._write(row)
-        if self._wandb_run is not None:
-            self._wandb_run.log(row)
+        if self._wandb_run is not None and number >= self._num_sent:
+            self._wandb_run.log(row, step=number)
+            self._sent.truncate(number + 1)
 
     def restore(self, rows: Iterable[Row]) -> None:
         """Write rows that an earlier attempt has logged already."""
@@ -72,6 +87,7 @@ class Tracker:
         """Finish the file and the W&B run."""
         self._file.close()
         if self._wandb_run is not None:
+            self._sent.close()
             self._wandb_run.finish(exit_code=int(failed))
 
     def __enter__(self) -> Tracker:
@@ -83,6 +99,7 @@ class Tracker:
         self.close(failed=kind is not None)
 
     def _write(self, row: Row) -> None:
+        self._num_rows += 1
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
 

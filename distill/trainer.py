@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill import resume
+from distill import distributed, resume
 from distill.config import OptimConfig, TrainConfig
 from distill.data.batch import Batch
 from distill.engine.base import Engine
@@ -40,7 +40,8 @@ class TrainResult:
     """What a finished training run says of itself."""
 
     tokens: int
-    """Training tokens consumed, those before an interruption included."""
+    """Training tokens consumed, those before an interruption included; fewer than the budget of a run that was asked to
+    stop."""
     metrics: Row
     """The last value of every metric."""
     curve: list[Row]
@@ -55,6 +56,7 @@ class TrainResult:
         return [row for row in rows if row]
 
 
+@distributed.limited(distributed.TIMEOUT)
 def train(
     engine: Engine,
     *,
@@ -64,9 +66,10 @@ def train(
     seed: int,
     resume_dir: Path,
     tracker: Tracker | None,
-    held_out: Tensor | None,
+    held_out: Tensor | Batch | None,
     tokens_before: int = 0,
     desc: str,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train until the token budget is spent, going on from the newest resume point if there is one.
 
@@ -81,13 +84,15 @@ def train(
         seed: of torch's generators at the first step, on data rank 0; the others' follow it.
         resume_dir: private directory of this run's resume points, which all processes share.
         tracker: receives every row, those of the resume point included; in the first process, None in the others.
-        held_out: token ids [num_sequences, seq] that the student is evaluated on at the start, every
-            ``train.eval_every_tokens`` and at the end; None: never.
+        held_out: sequences (token ids [num_sequences, seq], or a batch) that the student is evaluated on at the start,
+            every ``train.eval_every_tokens`` and at the end; None: never.
         tokens_before: tokens of earlier phases, added to the curve's x.
         desc: label of the progress bar and of errors.
+        should_stop: asked after every step, in all processes, with one answer. Where it says so, a resume point is
+            written and the run ends early.
 
     Raises:
-        ValueError: a metric is not finite, or a resume point could not be written.
+        ValueError: a metric is not finite, or a resume point could not be written or loaded.
     """
     torch.manual_seed(seed + engine.data_rank)
     run = _Run(
@@ -99,8 +104,9 @@ def train(
         held_out=held_out,
         tokens_before=tokens_before,
         desc=desc,
+        should_stop=should_stop,
     )
-    first_step = run.start()
+    num_steps_done = first_step = run.start()
     with tqdm(
         total=train.num_steps * train.tokens_per_step,
         initial=first_step * train.tokens_per_step,
@@ -115,8 +121,10 @@ def train(
             metrics = engine.step(batches.batch(step, engine.data_rank, engine.num_data_ranks), lr=lr)
             run.meter.add(metrics, tokens=tokens_before + tokens, lr=lr)
             bar.update(train.tokens_per_step)
-            run.after_step(step + 1, bar)
-    return TrainResult(tokens=train.num_steps * train.tokens_per_step, metrics=_last_values(run.curve), curve=run.curve)
+            num_steps_done = step + 1
+            if run.after_step(num_steps_done, bar):
+                break
+    return TrainResult(tokens=num_steps_done * train.tokens_per_step, metrics=_last_values(run.curve), curve=run.curve)
 
 
 class _Run:
@@ -130,9 +138,10 @@ class _Run:
         train: TrainConfig,
         resume_dir: Path,
         tracker: Tracker | None,
-        held_out: Tensor | None,
+        held_out: Tensor | Batch | None,
         tokens_before: int,
         desc: str,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.meter = StepMeter(engine.device, tokens_per_step=train.tokens_per_step)
         self.curve: list[Row] = []
@@ -144,6 +153,7 @@ class _Run:
         self._held_out = held_out
         self._tokens_before = tokens_before
         self._desc = desc
+        self._should_stop = should_stop
         self._last_point: Path | None = None
 
     def start(self) -> int:
@@ -152,7 +162,7 @@ class _Run:
         if point is None:
             self._add_evaluation(step=0)
         else:
-            self._engine.load(point.directory)
+            resume.load_together(point, self._engine.load)
             self.curve = point.state["curve"]
             if self._tracker is not None:
                 self._tracker.restore(self.curve)
@@ -160,12 +170,13 @@ class _Run:
         self.meter.restart()
         return 0 if point is None else point.step
 
-    def after_step(self, num_steps_done: int, bar: tqdm) -> None:
-        """Read metrics, evaluate and write a resume point where one is due."""
+    def after_step(self, num_steps_done: int, bar: tqdm) -> bool:
+        """Read metrics, evaluate and write a resume point where one is due. Returns whether the run is to stop."""
         train = self._train
         last = num_steps_done == train.num_steps
         evaluates = last or train.is_due(num_steps_done, train.eval_every_tokens)
-        saves = last or train.is_due(num_steps_done, train.resume_every_tokens or train.default_resume_tokens)
+        stops = not last and self._should_stop()
+        saves = last or stops or train.is_due(num_steps_done, train.resume_every_tokens or train.default_resume_tokens)
         if len(self.meter) >= FLUSH_EVERY_STEPS or evaluates or saves:
             self._add_steps(self.meter.flush(), num_steps_done)
             bar.set_postfix(loss=f"{self.curve[-1]['train/loss']:.4f}")
@@ -175,6 +186,7 @@ class _Run:
             self._save(num_steps_done)
         if evaluates or saves:
             self.meter.restart()
+        return stops
 
     def _add_steps(self, rows: list[Row], num_steps_done: int) -> None:
         for step, row in enumerate(rows, start=num_steps_done - len(rows) + 1):

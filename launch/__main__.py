@@ -1,4 +1,4 @@
-"""``python -m launch <stage|pipeline> [overrides] [--dry-run] [--multirun]``, or the same behind ``torchrun -m``.
+"""``python -m launch <stage|pipeline> [overrides] [--dry-run] [--multirun] [--step STEP]``, or behind ``torchrun -m``.
 
 Torch-free until a stage body runs, or until several processes meet.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from launch import console, processes
+from launch import console, preemption, processes
 from launch.artifact import Artifact
 from launch.config import (
     PipelineConfig,
@@ -33,18 +33,28 @@ from launch.config import (
 from launch.pipeline import PlannedStep, check_inputs, check_processes, make_job, make_recipe, plan, run_steps
 from launch.registry import STAGES
 from launch.rundir import RunDirectory
+from launch.single_step import finishing, run_step
 from launch.stage import StageContext
 from launch.store import Store
 
+STATUS_VARIABLE = "FUSION_JOB_STATUS"
+"""Environment variable: a file for the exit status of the process that knows why all of them end. Behind torchrun,
+whose own status says nothing, a job script goes by it; a job that ended without a word leaves none."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point, for every process of a torchrun. Returns the exit status: 0 done, 2 refused, 130 interrupted."""
+    """Entry point, for every process of a torchrun. Returns the exit status: 0 done, 2 refused, 75 stopped with its
+    state saved, 130 interrupted."""
     options, overrides = _parser().parse_known_args(arguments)
     # What went wrong is said before the other processes hear of it: torchrun ends all when one has ended.
     command = functools.partial(_status_of, functools.partial(_command, options, overrides))
-    if processes.count() > 1 and not options.dry_run and options.target != "report":
-        return _status_of(functools.partial(processes.run, command))
-    return command() if processes.is_first() else 0
+    if processes.count() > 1 and not options.dry_run and options.target not in ("report", "plan"):
+        status = _status_of(functools.partial(processes.run, command))
+    else:
+        status = command() if processes.is_first() else 0
+    if status in (0, preemption.EXIT_STATUS) and processes.is_first():
+        _tell_job(status)
+    return status
 
 
 def _status_of(command: Callable[[], int]) -> int:
@@ -53,7 +63,13 @@ def _status_of(command: Callable[[], int]) -> int:
         return command()
     except processes.AlreadyToldError:
         return 2
+    except preemption.Preempted as error:
+        if processes.is_first():
+            console.say(f"{escape(str(error))}; the same command goes on from there")
+        return preemption.EXIT_STATUS
     except (ValueError, OSError) as error:
+        if _is_refusal(error):
+            _tell_job(2)
         if os.environ.get("FUSION_TRACEBACK"):
             raise
         console.complain(_one_line(error))
@@ -64,13 +80,35 @@ def _status_of(command: Callable[[], int]) -> int:
         return 130
 
 
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether another attempt would end the same way: not where a disk, or another process, is behind it."""
+    while error is not None:
+        if isinstance(error, OSError | RuntimeError):
+            return False
+        error = error.__cause__
+    return True
+
+
+def _tell_job(status: int) -> None:
+    file = os.environ.get(STATUS_VARIABLE)
+    if file:
+        Path(file).write_text(f"{status}\n")
+
+
 def _command(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.target == "plan":
+        # Its modules are of use to no other command.
+        from launch.plan_table import run as run_plan
+
+        return run_plan(overrides)
     unknown = [text for text in overrides if text.startswith("-")]
     if unknown:
         raise ValueError(
-            f"unknown option {unknown[0]}; options are --dry-run and --multirun, settings are <key>=<value>"
+            f"unknown option {unknown[0]}; options are --dry-run, --multirun and --step, settings are <key>=<value>"
         )
-    if options.target == "report":
+    if options.step is not None:
+        _run_one_step(options, overrides)
+    elif options.target == "report":
         _report_again(overrides)
     elif options.multirun:
         return _sweep(_known_target(options.target), overrides, dry_run=options.dry_run)
@@ -90,18 +128,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch",
         description="Puzzle search, attention pruning, FFN Fusion and distillation of a decoder.",
-        epilog=f"{targets}\nreport: `report <run directory>` writes a finished run's report again",
+        epilog=(
+            f"{targets}\nreport: `report <run directory>` writes a finished run's report again\n"
+            "plan: `plan <pipeline> [overrides] [--json]` says what fits, how long it takes and what it costs"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("target", metavar="stage|pipeline", help="what to run; see below")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; compute nothing")
+    parser.add_argument("--step", metavar="STEP", help="run one step of a pipeline, from what is in the store")
     parser.add_argument("--multirun", action="store_true", help="sweep over comma-separated values")
     return parser
 
 
 def _known_target(target: str) -> str:
-    known = [*pipeline_names(), *STAGES, "report"]
+    known = [*pipeline_names(), *STAGES, "report", "plan"]
     if target not in known:
         raise ValueError(f"unknown stage or pipeline {target!r}; known are {', '.join(known)}")
     return target
@@ -152,6 +194,10 @@ def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
     settings, run, store = _settings(name, pipeline, overrides)
     if dry_run:
         console.print_plan(steps, store)
+    if settings.cluster.kind == "slurm":
+        _run_on_slurm(name, pipeline, overrides, steps, settings, run, store, dry_run=dry_run)
+        return
+    if dry_run:
         return
     with run.held():
         run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
@@ -161,6 +207,66 @@ def _run_pipeline(name: str, overrides: list[str], *, dry_run: bool) -> None:
         _report(run, artifacts)
 
 
+def _run_on_slurm(
+    name: str,
+    pipeline: PipelineConfig,
+    overrides: list[str],
+    steps: Sequence[PlannedStep],
+    settings: RunSettings,
+    run: RunDirectory,
+    store: Store,
+    *,
+    dry_run: bool,
+) -> None:
+    from launch.slurm import plan_jobs, submit
+    from launch.slurm_site import read_site
+
+    if processes.count() > 1:
+        raise ValueError("cluster.kind=slurm starts the processes of every step itself; leave out torchrun")
+    jobs = plan_jobs(
+        name,
+        pipeline,
+        steps,
+        overrides=overrides,
+        cluster=settings.cluster,
+        site=read_site(),
+        store=store,
+        run=run,
+    )
+    if dry_run:
+        console.print_scripts(jobs)
+    elif jobs:
+        console.print_jobs(jobs, submit(jobs, run), run)
+    else:
+        console.say(f"all steps of {run.name} are committed; nothing to submit")
+
+
+def _run_one_step(options: argparse.Namespace, overrides: list[str]) -> None:
+    name = options.target
+    if name not in pipeline_names() or options.multirun or options.dry_run:
+        raise ValueError(
+            f"--step {options.step} runs one step of one pipeline ({', '.join(pipeline_names())}), "
+            "without --multirun and --dry-run"
+        )
+    pipeline = compose_pipeline(name, overrides)
+    steps = plan(pipeline, overrides)
+    settings, run, store = _settings(name, pipeline, overrides)
+    run.path.mkdir(parents=True, exist_ok=True)
+    artifacts = run_step(
+        steps,
+        options.step,
+        store=store,
+        run=run,
+        context=_context(settings, run, store),
+        listener=console.listener(1),
+    )
+    if artifacts is not None:
+        with finishing(run):
+            run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
+            run.write_steps({step: artifact.manifest.fingerprint for step, artifact in artifacts.items()})
+            _report(run, artifacts)
+
+
 def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     stage = STAGES[name]
     inputs = {key: Artifact.load(Path(path).resolve()) for key, path in inputs_of(overrides).items()}
@@ -168,6 +274,8 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     check_inputs(stage, config, {key: artifact.manifest.kind for key, artifact in inputs.items()})
     recipe = make_recipe(name, config, {key: artifact.manifest.fingerprint for key, artifact in inputs.items()})
     settings, run, store = _settings(name, None, overrides)
+    if settings.cluster.kind == "slurm":
+        raise ValueError(f"cluster.kind=slurm runs pipelines; {name} is a stage: leave it out, or submit a pipeline")
     if dry_run:
         console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
         return
@@ -231,4 +339,5 @@ def _report(run: RunDirectory, artifacts: Mapping[str, Artifact]) -> None:
 
 
 if __name__ == "__main__":
+    preemption.install()
     sys.exit(main())

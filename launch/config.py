@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from distill.config import TrackingConfig, require
+from launch.cluster_config import ClusterConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STEP_PREFIX = "steps."
@@ -66,6 +67,8 @@ class StepConfig:
     """Input name -> id of an earlier step."""
     overrides: tuple[str, ...] = ()
     """What a person would type behind ``python -m launch <stage>``."""
+    nodes: int | None = None
+    """Nodes that it needs on a cluster; null: cluster.nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class RunSettings:
 
     run: RunConfig
     tracking: TrackingConfig
+    cluster: ClusterConfig
 
 
 def pipeline_names() -> list[str]:
@@ -128,7 +132,7 @@ def check_step_prefixes(pipeline: PipelineConfig, overrides: Sequence[str]) -> N
         if text.startswith(STEP_PREFIX):
             step = text.removeprefix(STEP_PREFIX).partition(".")[0].partition("=")[0]
             key = _top_level_key(text.removeprefix(f"{STEP_PREFIX}{step}."))
-            if step in pipeline.steps and key in ("inputs", "run", "tracking"):
+            if step in pipeline.steps and key in ("inputs", "run", "tracking", "cluster"):
                 raise ValueError(
                     f"{text}: {key} cannot be set for one step; edit the pipeline, or set {key} for the run"
                 )
@@ -151,13 +155,13 @@ def inputs_of(overrides: Sequence[str]) -> dict[str, str]:
 def run_settings(pipeline: PipelineConfig | None, overrides: Sequence[str]) -> RunSettings:
     """Where the run keeps its things: from the pipeline's ``common`` overrides, then the command line's."""
     texts = [text.lstrip("+") for text in (*(pipeline.common if pipeline else ()), *overrides)]
-    own = {text.partition("=")[0]: text for text in texts if _top_level_key(text) in ("run", "tracking")}
+    own = {text.partition("=")[0]: text for text in texts if _top_level_key(text) in ("run", "tracking", "cluster")}
     return compose_stage(RunSettings, list(own.values()))
 
 
 def run_name(target: str, overrides: Sequence[str]) -> str:
     """A file name that is a function of what runs, never of the clock, so that a restarted job finds its state."""
-    telling = sorted(text for text in overrides if _top_level_key(text) not in ("run", "tracking", "inputs"))
+    telling = sorted(text for text in overrides if _top_level_key(text) not in ("run", "tracking", "cluster", "inputs"))
     name = re.sub(r"[^\w.,=+-]+", "_", ",".join([target, *telling])).rstrip("_,")
     if len(name) <= MAX_NAME_LENGTH:
         return name

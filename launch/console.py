@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.artifact import Artifact
 from launch.pipeline import Listener, PlannedStep
+from launch.rundir import RunDirectory
 from launch.store import Store
+
+if TYPE_CHECKING:
+    from launch.slurm import StepJob
 
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -42,6 +47,24 @@ def print_plan(steps: Sequence[PlannedStep], store: Store) -> None:
         state = "committed" if store.find(step.recipe) else "to compute"
         table.add_row(step.name, step.recipe.stage, step.recipe.fingerprint[:16], state)
     _console.print(table)
+
+
+def print_scripts(jobs: Sequence[StepJob]) -> None:
+    """The job scripts, word for word, as ``--dry-run`` shows them."""
+    for job in jobs:
+        _console.print(f"\n[bold]{job.step}[/]: {job.nodes} x {job.processes_per_node} processes")
+        _console.print(job.script, markup=False, end="")
+
+
+def print_jobs(jobs: Sequence[StepJob], ids: Mapping[str, str], run: RunDirectory) -> None:
+    """What has been submitted, and where its logs will be."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "job", "nodes", "after"):
+        table.add_column(column)
+    for job in jobs:
+        table.add_row(job.step, ids[job.step], str(job.nodes), ", ".join(ids[step] for step in job.after))
+    _console.print(table)
+    _console.print(f"logs: {run.path}/logs/<step>/latest")
 
 
 def say(message: str) -> None:

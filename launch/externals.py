@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Callable
 from importlib import metadata
@@ -186,11 +187,14 @@ def package_gguf(package: str) -> Path:
 def hub_commit(repository: str, revision: str | None, *, kind: str = "model") -> str:
     """Commit that ``revision`` (null: the default branch) of a hub repository stands for.
 
-    Without a network the commit that the local cache holds. Fetches at most one small file.
+    A whole commit stands for itself, so that a login node plans with it unseen. Without a network the commit that the
+    local cache holds. Fetches at most one small file.
 
     Raises:
         ValueError: neither the hub nor the cache knows the repository.
     """
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
     small_file = {"model": "config.json", "dataset": "README.md"}[kind]
     return hub_snapshot(repository, revision, kind=kind, allow_patterns=[small_file]).name
 

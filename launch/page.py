@@ -52,7 +52,7 @@ def render_page(report: Mapping[str, Any], run: FinishedRun) -> str:
         parent=next(iter(report["models"].values())),
         final=report["models"][report["final_model"]],
         tokens=run.final.manifest.tokens,
-        lengths=_lengths(run),
+        lengths=[*_lengths(run)],
         strip=architecture_strip(parent, read_architecture(run.unfused), final),
         quality=[*_quality_against_latency(report), *pareto_pictures(run)],
         recovery=[*_recovery(run)],
@@ -67,14 +67,24 @@ def render_page(report: Mapping[str, Any], run: FinishedRun) -> str:
     )
 
 
-def _lengths(run: FinishedRun) -> dict[str, Any] | None:
-    """Context lengths and what every model does at each, if evaluate looked at any."""
+def _lengths(run: FinishedRun) -> Iterator[dict[str, Any]]:
+    """Tables by context length: of every model that evaluate looked at, then phase by phase of context extensions."""
     evaluated = run.document("evaluate", "evaluate.json") or {"models": {}}
     by_length = {name: row["by_length"] for name, row in evaluated["models"].items() if row["by_length"]}
-    if not by_length:
-        return None
-    lengths = sorted({int(length) for rows in by_length.values() for length in rows})
-    return {"lengths": lengths, "models": by_length, "chance_frac": evaluated["retrieval_chance_frac"]}
+    if by_length:
+        yield _length_table("model", by_length, evaluated["retrieval_chance_frac"])
+    for step, artifact in run.steps.items():
+        metrics = artifact.manifest.metrics
+        if artifact.manifest.stage == "extend_context" and "before" in metrics:
+            rows = {"before": metrics["before"]["by_length"]}
+            for number, phase in enumerate(metrics["phases"], start=1):
+                rows[f"phase {number}, {phase['seq_len']:,} tokens"] = phase["by_length"]
+            yield _length_table(step, rows, metrics["retrieval_chance_frac"])
+
+
+def _length_table(title: str, rows: Mapping[str, Mapping[str, Any]], chance_frac: float) -> dict[str, Any]:
+    lengths = sorted({int(length) for row in rows.values() for length in row})
+    return {"title": title, "lengths": lengths, "rows": rows, "chance_frac": chance_frac}
 
 
 def _quality_against_latency(report: Mapping[str, Any]) -> Iterator[Picture]:
@@ -94,15 +104,24 @@ def _quality_against_latency(report: Mapping[str, Any]) -> Iterator[Picture]:
 
 def _recovery(run: FinishedRun) -> Iterator[Picture]:
     trained = {step: artifact for step, artifact in run.steps.items() if artifact.manifest.stage in TRAINING_STAGES}
-    metrics = ("eval/kld", "eval/lm_loss", "eval/top1_agreement_frac")
+    metrics = ("eval/kld", "eval/kld_top_k", "eval/lm_loss", "eval/top1_agreement_frac")
     curves = [curve for step, a in trained.items() for curve in read_curves(a.path / "metrics.jsonl", step, metrics)]
-    kld, lm_loss, top1 = ([curve for curve in curves if curve.metric == metric] for metric in metrics)
+    kld, kld_top_k, lm_loss, top1 = ([curve for curve in curves if curve.metric == metric] for metric in metrics)
     if kld:
         yield picture(
             "KL to the teacher",
             "Forward KL on held-out sequences while training goes on, against the tokens of distillation and context "
             "extension. 0 is the teacher itself.",
             figures.recovery_curves(kld, levels={}, label="KLD, nats per token", name="recovery of KLD"),
+        )
+    if kld_top_k:
+        yield picture(
+            "KL to the teacher's likeliest tokens",
+            "Forward KL on the cached tokens and the rest, a lower bound of that on the whole vocabulary, on held-out "
+            "sequences while training goes on.",
+            figures.recovery_curves(
+                kld_top_k, levels={}, label="KLD of the top k, nats per token", name="recovery of KLD of the top k"
+            ),
         )
     if lm_loss:
         levels = {

@@ -122,6 +122,8 @@ def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
 
 def check_processes(stage: Stage, config: Any) -> None:
     """Raise ``ValueError`` where the processes at hand cannot be dealt as the engine and its batches ask for."""
+    if stage.distributed and hasattr(config, "engine"):
+        processes.check_devices(config.engine.device)
     count = processes.count()
     if hasattr(config, "check_processes"):
         config.check_processes(count)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from launch.preemption import EXIT_STATUS, Preempted
 from launch.registry import STAGES
 from launch.stage import Inputs, StageContext, StageResult
 
@@ -63,7 +64,7 @@ def run(command: Callable[[], int]) -> int:
         if not have_failed():
             with suppress(RuntimeError):
                 distributed.from_first(status)
-    if status == 0:
+    if status in (0, EXIT_STATUS):
         distributed.leave()
     return status
 
@@ -71,6 +72,16 @@ def run(command: Callable[[], int]) -> int:
 def have_failed() -> bool:
     """Whether a process has failed in a stage for all, so that they no longer work together."""
     return count() > 1 and _distributed().is_claimed(_FAILURE)
+
+
+def check_devices(device: str) -> None:
+    """Refuse, before anything is computed, processes that would share a GPU under ``engine.device=<device>``.
+
+    Raises:
+        ValueError: a host has more processes than GPUs.
+    """
+    if count() > 1 and device != "cpu":
+        _distributed().check_own_gpu()
 
 
 def run_body(stage: str, config: Any, inputs: Inputs, context: StageContext) -> StageResult:
@@ -97,10 +108,12 @@ def _follow() -> int:
             # The first process ended without a word, or was killed; torchrun says so.
             raise AlreadyToldError from error
         if isinstance(task, int):
-            if task == 0:
+            if task in (0, EXIT_STATUS):
                 _distributed().leave()
             return task
-        _run_together(task)
+        # The first process hears of it too, and says how it ends.
+        with suppress(Preempted):
+            _run_together(task)
 
 
 def _run_together(task: _Task) -> StageResult:
@@ -108,6 +121,8 @@ def _run_together(task: _Task) -> StageResult:
     try:
         with distributed.together():
             return _body(task)
+    except Preempted:
+        raise
     except BaseException as error:
         if not _first_to_fail() and isinstance(error, Exception):
             raise AlreadyToldError from error
@@ -117,6 +132,11 @@ def _run_together(task: _Task) -> StageResult:
             raise ValueError(
                 f"process {os.environ['RANK']} of {count()} has lost another one, which ended without a word "
                 "(killed, perhaps for its memory)"
+            ) from error
+        if "imed out waiting" in str(error):
+            raise ValueError(
+                f"process {os.environ['RANK']} of {count()} has waited too long for another one, which hangs "
+                f"({str(error).splitlines()[0]}); the same command goes on from the last resume point"
             ) from error
         raise
 

@@ -94,7 +94,7 @@ STAGES: dict[str, Stage] = {
         inputs={},
         optional_inputs={"parent": "model", "generated": "text"},
         output="data",
-        version=2,
+        version=3,
         externals="launch.externals:text_sources",
     ),
     "pretrain": Stage(
@@ -211,6 +211,7 @@ STAGES: dict[str, Stage] = {
         body="launch.stages.cache_teacher:run",
         inputs={"teacher": "model", "data": "data"},
         output="teacher_signals",
+        version=2,
         distributed=True,
     ),
     "distill": Stage(
@@ -228,7 +229,7 @@ STAGES: dict[str, Stage] = {
         inputs={"student": "model", "data": "data"},
         optional_inputs={"teacher": "model"},
         output="model",
-        version=2,
+        version=3,
         distributed=True,
     ),
     "evaluate": Stage(

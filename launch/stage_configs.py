@@ -20,7 +20,7 @@ from distill.config import (
     require,
 )
 from distill.data.generation import GenerationConfig
-from distill.engine.layout import check_layout, check_options
+from distill.engine.layout import check_layout, check_objective_memory, check_options
 from distill.teacher_cache import TeacherCacheConfig, check_objective
 from fusion.config import (
     DependencyConfig,
@@ -285,6 +285,7 @@ class DistillStage:
 
     def __post_init__(self) -> None:
         check_options(self.engine)
+        check_objective_memory(self.engine, self.objective)
 
     def check_processes(self, count: int) -> None:
         """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal the batch."""
@@ -314,11 +315,12 @@ class ExtendContextStage:
 
     def __post_init__(self) -> None:
         check_options(self.engine)
+        check_objective_memory(self.engine, self.objective)
 
     def check_processes(self, count: int) -> None:
         """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal a phase's batch."""
         for index, phase in enumerate(self.extend_context.phases):
-            _check_layout(self.engine, phase, count, node=f"extend_context.phases[{index}]")
+            _check_layout(self.engine, phase, count, node=self.extend_context.node(index))
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""

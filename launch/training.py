@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill import distributed
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrainConfig, require
-from distill.data.dataset import Batches, TokenDataset, within_data
+from distill.data.batch import Batch
+from distill.data.dataset import Batches, TokenDataset, documents_apart, within_data
 from distill.engine.base import create_engine
 from distill.engine.setup import TrainingSetup
 from distill.tracking import Tracker
 from distill.trainer import TrainResult, train
+from launch import preemption
 from launch.artifact import Artifact
 from launch.recovery import TRAINING_STAGES
 from launch.stage import StageContext
@@ -34,12 +35,18 @@ class TrainingData:
     train: TrainConfig
     """With the budget that the data allows."""
     batches: Batches
-    held_out: Tensor
-    """Token ids [eval_sequences, seq]."""
+    held_out: Batch
+    """``eval_sequences`` sequences, their documents kept apart where those of the training data are."""
 
 
 def training_data(
-    dataset: TokenDataset, train_config: TrainConfig, *, seed: int, node: str, num_sequences: int | None = None
+    dataset: TokenDataset,
+    train_config: TrainConfig,
+    *,
+    seed: int,
+    node: str,
+    num_sequences: int | None = None,
+    used_tokens: int | None = None,
 ) -> TrainingData:
     """Batches and held-out sequences of ``train_config``.
 
@@ -49,12 +56,23 @@ def training_data(
         seed: of the order.
         node: configuration node of ``train_config``, for errors.
         num_sequences: sequences of the train split that may be drawn; None: all.
+        used_tokens: tokens at the beginning of the train split that earlier phases have had. The run then draws from
+            the stretch behind them that its budget fills, so that the next phase finds new tokens behind that; where
+            there is not enough and ``data_end=repeat``, from the whole split. None: from the whole split.
 
     Raises:
         ValueError: a split is too short.
     """
+    split = dataset.split("train")
+    if used_tokens is not None:
+        wanted = train_config.num_steps * train_config.batch_size
+        left = split.beyond(used_tokens)
+        if left.num_sequences(train_config.seq_len) >= wanted or train_config.data_end != "repeat":
+            split = left
+            num_sequences = min(wanted, left.num_sequences(train_config.seq_len))
+            train_config = within_data(train_config, num_sequences, where=node, used_tokens=used_tokens)
     batches = Batches(
-        dataset.split("train"),
+        split,
         seq_len=train_config.seq_len,
         batch_size=train_config.batch_size,
         seed=seed,
@@ -62,10 +80,11 @@ def training_data(
         eos_token_id=dataset.eos_token_id,
         num_sequences=num_sequences,
     )
+    held_out = Batch.of(dataset.split("validation").first(train_config.eval_sequences, train_config.seq_len))
     return TrainingData(
         train=within_data(train_config, batches.num_sequences, where=node),
         batches=batches,
-        held_out=dataset.split("validation").first(train_config.eval_sequences, train_config.seq_len),
+        held_out=documents_apart(held_out, dataset.eos_token_id) if train_config.separate_documents else held_out,
     )
 
 
@@ -116,18 +135,22 @@ def run_engine(
     """
     budget = data.train
     runner = create_engine(setup, optim=optim, engine=engine, batch_size=budget.batch_size, seq_len=budget.seq_len)
-    result = train(
-        engine=runner,
-        batches=data.batches,
-        train=budget,
-        optim=optim,
-        seed=seed,
-        resume_dir=resume_dir,
-        tracker=tracker,
-        held_out=data.held_out,
-        tokens_before=tokens_before,
-        desc=desc,
-    )
+    with preemption.polled():
+        result = train(
+            engine=runner,
+            batches=data.batches,
+            train=budget,
+            optim=optim,
+            seed=seed,
+            resume_dir=resume_dir,
+            tracker=tracker,
+            held_out=data.held_out,
+            tokens_before=tokens_before,
+            desc=desc,
+            should_stop=preemption.should_stop,
+        )
+    if result.tokens < budget.num_steps * budget.tokens_per_step:
+        raise preemption.Preempted(f"{desc} stopped at {result.tokens:,} tokens, with its state saved")
     runner.export(out)
     distributed.barrier()
     del runner
@@ -173,6 +196,7 @@ def tracking(context: StageContext, *, stage: str, config: Any) -> Iterator[Trac
         step_name=context.step_name,
         stage=stage,
         settings=asdict(config),
+        resume_dir=context.resume,
     ) as tracker:
         yield tracker
 
@@ -227,6 +251,7 @@ def recovery_headline(ends: dict[str, dict[str, float]]) -> str:
     """Held-out metrics from the start of the training to its end (:func:`curve_ends`)."""
     start, end = ends["start"], ends["end"]
     parts = [f"LM loss {start['lm_loss']:.2f} -> {end['lm_loss']:.2f}"]
-    if "kld" in end:
-        parts.insert(0, f"KLD {start['kld']:.2f} -> {end['kld']:.2f}")
+    for name, label in (("kld", "KLD"), ("kld_top_k", "KLD (top k)")):
+        if name in end:
+            parts.insert(0, f"{label} {start[name]:.2f} -> {end[name]:.2f}")
     return ", ".join(parts) + (f" (teacher {ends['teacher']['lm_loss']:.2f})" if "teacher" in ends else "")

@@ -1,7 +1,4 @@
-# Environment of every job, sourced by the sbatch scripts. Copy what your site needs into slurm/site.sh (git-ignored):
-# module loads, a virtual environment, proxies, HF_HOME on a shared disk.
-export PYTHONUNBUFFERED=1
-export TOKENIZERS_PARALLELISM=false
-if [ -f "$SLURM_SUBMIT_DIR/slurm/site.sh" ]; then
-    . "$SLURM_SUBMIT_DIR/slurm/site.sh"
+# Sourced, from the repository, by the scripts that submit a pipeline.
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
 fi

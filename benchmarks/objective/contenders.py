@@ -137,12 +137,12 @@ def four_products(goal: Goal) -> Loss:
 
 CONTENDERS: dict[str, Callable[[Goal], Loss]] = {
     "ours": ours,
-    "liger_fused": liger_fused,
     "liger_chunked": liger_chunked,
     "trl": trl,
+    "liger_fused": liger_fused,
     "plain": plain,
     "four_products": four_products,
 } | {f"ours_{chunk}": (lambda goal, chunk=chunk: ours(goal, chunk)) for chunk in (512, 1024, 2048, 4096)}
-"""In the order in which they are measured. ``ours_<n>`` takes n tokens at once, ``ours`` as many as it chooses."""
+"""What matters most first. ``ours_<n>`` takes n tokens at once, ``ours`` as many as it chooses."""
 
 COMPUTES_NO_LOSS = ("four_products",)

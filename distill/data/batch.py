@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Batch:
     """int64 [batch]: index of each sequence in its split, at this sequence length."""
     separate_documents: bool = False
     """Whether a token attends to its own document alone; documents then begin where ``position_ids`` is 0."""
+    on_host: Batch | None = field(default=None, repr=False)
+    """The same sequences on the CPU, where they were moved from there by :meth:`to`: what is needed on the host is at
+    hand without waiting for the device."""
 
     @classmethod
     def of(cls, input_ids: Tensor) -> Batch:
@@ -59,6 +62,10 @@ class Batch:
         """Sequences ``first`` to ``end - 1``."""
         return self._map(lambda tensor: tensor[first:end])
 
+    def select(self, indices: Tensor) -> Batch:
+        """Copies of sequences ``indices`` [n], in that order."""
+        return self._map(lambda tensor: tensor[indices])
+
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most ``size`` sequences, in order."""
         for first in range(0, len(self), size):
@@ -72,20 +79,39 @@ class Batch:
         return self._map(lambda tensor: tensor[:, index * size : (index + 1) * size] if tensor.ndim == 2 else tensor)
 
     def to(self, device: torch.device) -> Batch:
-        """On ``device``, through pinned memory and without waiting for it where it is a GPU.
+        """On ``device``, through pinned memory and without waiting for it where it is a GPU; on the CPU what is in
+        ``on_host``, if this came from there.
 
         ``sequence_ids`` stay where they are: they are read on the host.
         """
-        pin = device.type == "cuda"
-
-        def move(tensor: Tensor) -> Tensor:
-            # What is expanded cannot be pinned.
-            return (tensor.contiguous().pin_memory() if pin else tensor).to(device, non_blocking=True)
-
-        moved = self._map(move)
-        return replace(moved, sequence_ids=self.sequence_ids)
+        if self.input_ids.device == device:
+            return self
+        if device.type == "cpu" and self.on_host is not None:
+            return self.on_host
+        moved = self._map(lambda tensor: moved_tensor(tensor, device))
+        on_host = self if self.input_ids.device.type == "cpu" else self.on_host
+        return replace(moved, sequence_ids=self.sequence_ids, on_host=on_host)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = [field.name for field in fields(self) if field.name != "separate_documents"]
-        changed = {name: change(getattr(self, name)) for name in names}
-        return Batch(**changed, separate_documents=self.separate_documents)
+        return Batch(
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            position_ids=change(self.position_ids),
+            sequence_ids=change(self.sequence_ids),
+            separate_documents=self.separate_documents,
+            on_host=None if self.on_host is None else self.on_host._map(change),
+        )
+
+
+def moved_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. The host waits only where the copy goes to the CPU, where nothing else would.
+
+    From GPU to GPU torch has the copy wait for both current streams and both for the copy; pinned memory is not used
+    again before the copy out of it is done.
+    """
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        # What is expanded cannot be pinned.
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")

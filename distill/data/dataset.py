@@ -29,6 +29,10 @@ class TokenSplit:
         """Tokens in all, the end-of-text tokens between documents included."""
         return len(self.tokens)
 
+    def beyond(self, num_tokens: int) -> TokenSplit:
+        """The split without its first ``num_tokens`` tokens."""
+        return replace(self, tokens=self.tokens[num_tokens:])
+
     def num_sequences(self, seq_len: int) -> int:
         """Whole sequences of ``seq_len`` tokens, side by side."""
         return self.num_tokens // seq_len
@@ -176,7 +180,7 @@ def documents_apart(batch: Batch, eos_token_id: int) -> Batch:
     )
 
 
-def within_data(train: TrainConfig, num_sequences: int, *, where: str) -> TrainConfig:
+def within_data(train: TrainConfig, num_sequences: int, *, where: str, used_tokens: int = 0) -> TrainConfig:
     """``train`` as far as one pass over ``num_sequences`` sequences allows, by ``train.data_end``.
 
     refuse: unchanged, or an error; repeat: unchanged; stop: with its budget cut to the whole steps of one pass, which
@@ -186,6 +190,7 @@ def within_data(train: TrainConfig, num_sequences: int, *, where: str) -> TrainC
         train: budget.
         num_sequences: sequences of ``train.seq_len`` tokens that there are.
         where: settings node of ``train`` (``distill``, ``library.bld``), for the message.
+        used_tokens: tokens of the split before those sequences, which earlier phases have had; for the message.
 
     Raises:
         ValueError: the budget is beyond one pass and ``data_end`` is refuse, or one pass is less than one step.
@@ -194,16 +199,17 @@ def within_data(train: TrainConfig, num_sequences: int, *, where: str) -> TrainC
     if train.num_steps <= num_steps or train.data_end == "repeat":
         return train
     reach = num_steps * train.tokens_per_step
+    beyond = f" that the {used_tokens} tokens of earlier phases leave" if used_tokens else ""
     require(
         train.data_end == "stop",
         f"{where}.max_tokens={train.max_tokens} is beyond the data: {num_sequences} sequences of {train.seq_len} "
-        f"tokens fill {num_steps} steps ({reach} tokens) of {where}.batch_size={train.batch_size}; set "
+        f"tokens{beyond} fill {num_steps} steps ({reach} tokens) of {where}.batch_size={train.batch_size}; set "
         f"{where}.data_end=repeat (train on them again, in another order) or {where}.data_end=stop (after one pass), "
-        f"or raise data.train_tokens to {train.num_steps * train.tokens_per_step}",
+        f"or raise data.train_tokens to {used_tokens + train.num_steps * train.tokens_per_step}",
     )
     require(
         num_steps > 0,
-        f"{where}.data_end=stop, but the data's {num_sequences} sequences of {train.seq_len} tokens do not fill one "
-        f"step of {where}.batch_size={train.batch_size}; lower it, or raise data.train_tokens",
+        f"{where}.data_end=stop, but the data's {num_sequences} sequences of {train.seq_len} tokens{beyond} do not "
+        f"fill one step of {where}.batch_size={train.batch_size}; lower it, or raise data.train_tokens",
     )
     return replace(train, max_tokens=reach)

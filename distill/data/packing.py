@@ -1,8 +1,9 @@
 """Documents to one flat token array per split, with a description beside them.
 
-A seeded hash of its text says which split a document goes to, and every document goes to one split alone: exact
-duplicates are dropped, so held-out text shares no document with the train split. The hash knows no budget, so runs
-that differ in ``train_tokens`` alone are held against the same validation and calibration tokens.
+A seeded hash of its first document says which split a region goes to, as a whole: a row, a file, or of a large
+file a long stretch (:func:`distill.data.sources.regions`). Exact duplicates of documents are dropped. So held-out
+text shares no document with the train split, and no file but for those large ones. Held-out splits do not depend on
+``train_tokens``: runs that differ in it alone are held against the same validation and calibration tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,13 +23,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from distill.config import DataConfig, SourceConfig, require
-from distill.data.sources import documents, interleave
+from distill.data.sources import Region, interleave, regions
 from distill.data.tokenizer import encode_documents, load_tokenizer, tokenizer_sha256, vocab_size_of
 
 SPLITS = ("train", "validation", "calibration")
 
 HELD_OUT_FRAC = 1 / 8
-"""Share of documents that the hash gives to each held-out split until its budget is full; later ones go to train."""
+"""Share of regions that the hash gives to each held-out split until its budget is full; later ones go to train."""
 
 TOKENIZER_SAMPLE_CHARS = 4_000_000
 """Text that a BPE learns from: its merges settle long before, and training time grows with the text."""
@@ -38,13 +39,26 @@ _COUNT_CHUNK_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedDocument:
-    """A document on its way to a split."""
+class DrawnDocument:
+    """A document of text on its way to a split."""
 
     split: str
-    """Where the hash wants it."""
+    """Where the hash wants its region."""
+    region: int
+    """Number of the region in its source."""
+    text: str
+    ended: bool
+    """Whether an end-of-text token closes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedDocument:
+    """A document in tokens."""
+
+    split: str
+    region: int
     tokens: list[int]
-    """Token ids, closed by the end-of-text token."""
+    """Token ids, closed by the end-of-text token unless the text was cut."""
     num_bytes: int
     """Length of the text in UTF-8."""
 
@@ -60,6 +74,18 @@ class SourceRead:
     train_tokens: int = 0
     num_short: int = 0
     """Documents that were left out because they are short."""
+    region: int = -1
+    """The region that is being read."""
+    split: str = "train"
+    """Where that region goes."""
+
+    def place(self, document: PackedDocument, writers: Mapping[str, SplitWriter | HeldOutWriter]) -> str:
+        """The split of ``document``: the one where the first document of its region went, as the hash has it unless
+        that split was full by then."""
+        if document.region != self.region:
+            self.region = document.region
+            self.split = "train" if writers[document.split].is_full else document.split
+        return self.split
 
     @property
     def name(self) -> str:
@@ -116,6 +142,51 @@ class SplitWriter:
             cut.replace(self._path)
 
 
+class HeldOutWriter:
+    """Gathers documents up to a budget in memory and writes them in a seeded order: the first sequences of a held-out
+    split, which evaluations read, are then of many files."""
+
+    def __init__(self, writer: SplitWriter, *, seed: int) -> None:
+        self._writer = writer
+        self._rng = np.random.default_rng(seed)
+        self._documents: list[NDArray[np.uint32]] = []
+        self._num_gathered = 0
+
+    @property
+    def budget_tokens(self) -> int:
+        """As of :class:`SplitWriter`."""
+        return self._writer.budget_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the budget is met."""
+        return self._num_gathered >= self.budget_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that will be written."""
+        return min(self._num_gathered, self.budget_tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents written; 0 before :meth:`close`."""
+        return self._writer.num_documents
+
+    def append(self, tokens: list[int]) -> int:
+        """Keep a document, unless the budget is met; returns by how many tokens the split grows."""
+        before = self.num_tokens
+        if not self.is_full:
+            self._documents.append(np.asarray(tokens, dtype=np.uint32))
+            self._num_gathered += len(tokens)
+        return self.num_tokens - before
+
+    def close(self) -> None:
+        """Write the documents; the last one is cut at the budget."""
+        for index in self._rng.permutation(len(self._documents)):
+            self._writer.append(self._documents[index].tolist())
+        self._writer.close()
+
+
 def _reserve(path: Path) -> None:
     """Claim the disk blocks of a sparse file: a store to a mapped page of a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
@@ -126,10 +197,11 @@ def _reserve(path: Path) -> None:
 def training_texts(data: DataConfig, *, seed: int) -> Iterator[str]:
     """Documents of the train split in the mixture's proportions, as many as a tokenizer learns from."""
     num_chars = 0
-    for _, (split, text) in interleave(_document_streams(data, seed), _weights(data), size=lambda item: len(item[1])):
-        if split == "train":
-            yield text
-            num_chars += len(text)
+    streams = _document_streams(data, seed)
+    for _, document in interleave(streams, _weights(data), size=lambda document: len(document.text)):
+        if document.split == "train":
+            yield document.text
+            num_chars += len(document.text)
         if num_chars >= TOKENIZER_SAMPLE_CHARS:
             return
 
@@ -138,17 +210,19 @@ def pack(data: DataConfig, directory: Path, *, seed: int) -> dict[str, Any]:
     """Fill the splits with tokens of the sources, in the vocabulary of the tokenizer that stands in ``directory``.
 
     Writes ``train.npy``, ``validation.npy``, ``calibration.npy`` (1-D, uint16 or uint32) and ``data.json`` there and
-    returns the content of the latter. Every document ends in the end-of-text token; the last one of a split is cut at
-    the budget. The mixture ends where its first source does, which may leave the train split short.
+    returns the content of the latter. Every document ends in the end-of-text token, but for sampled ones that were cut
+    (:attr:`distill.data.sources.Document.ended`); the last one of a split is cut at the budget. The mixture ends where
+    its first source does, which may leave the train split short.
 
     Raises:
         ValueError: there is not enough text for the held-out splits, or none for the train split.
     """
     tokenizer = load_tokenizer(directory)
     vocab_size = vocab_size_of(tokenizer)
-    writers = {
-        name: SplitWriter(directory / f"{name}.npy", getattr(data, f"{name}_tokens"), vocab_size) for name in SPLITS
-    }
+    writers: dict[str, SplitWriter | HeldOutWriter] = {}
+    for name in SPLITS:
+        split_writer = SplitWriter(directory / f"{name}.npy", getattr(data, f"{name}_tokens"), vocab_size)
+        writers[name] = split_writer if name == "train" else HeldOutWriter(split_writer, seed=seed)
     reads = [SourceRead(source=source) for source in data.sources]
     _fill(data, writers, reads, tokenizer, seed=seed)
     _require_held_out(data, writers, reads)
@@ -173,7 +247,7 @@ def pack(data: DataConfig, directory: Path, *, seed: int) -> dict[str, Any]:
 
 def _fill(
     data: DataConfig,
-    writers: dict[str, SplitWriter],
+    writers: Mapping[str, SplitWriter | HeldOutWriter],
     reads: list[SourceRead],
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -181,15 +255,15 @@ def _fill(
 ) -> None:
     """Read the mixture until all splits are full or a source is dry."""
     streams = [
-        _long_enough(_encoded(stream, tokenizer), data.long_document_tokens, read)
+        _encoded(stream, tokenizer, data.long_document_tokens, read)
         for stream, read in zip(_document_streams(data, seed), reads, strict=True)
     ]
     budget_tokens = sum(writer.budget_tokens for writer in writers.values())
     with tqdm(total=budget_tokens, desc="pack", unit="tok", unit_scale=True, leave=False) as progress:
         for index, document in interleave(streams, _weights(data), size=lambda item: len(item.tokens)):
-            split = "train" if writers[document.split].is_full else document.split
-            num_written = writers[split].append(document.tokens)
             read = reads[index]
+            split = read.place(document, writers)
+            num_written = writers[split].append(document.tokens)
             read.num_tokens += len(document.tokens)
             read.num_bytes += document.num_bytes
             read.train_tokens += num_written if split == "train" else 0
@@ -220,34 +294,49 @@ def _weights(data: DataConfig) -> list[float]:
     return [source.weight for source in data.sources]
 
 
-def _document_streams(data: DataConfig, seed: int) -> list[Iterator[tuple[str, str]]]:
-    """One stream of (split, text) per source; a text that any source gave before is left out."""
+def _document_streams(data: DataConfig, seed: int) -> list[Iterator[DrawnDocument]]:
+    """One stream per source; a text that any source gave before is left out."""
     seen: set[bytes] = set()
     whole_files = data.long_document_tokens > 0
-    return [_unseen(documents(source, seed=seed, whole_files=whole_files), seen, seed) for source in data.sources]
+    return [_unseen(regions(source, seed=seed, whole_files=whole_files), seen, seed) for source in data.sources]
 
 
-def _unseen(texts: Iterator[str], seen: set[bytes], seed: int) -> Iterator[tuple[str, str]]:
-    for text in texts:
-        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16, key=str(seed).encode()).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        draw = int.from_bytes(digest[:8], "big") / 2.0**64
-        yield "validation" if draw < HELD_OUT_FRAC else "calibration" if draw < 2 * HELD_OUT_FRAC else "train", text
+def _unseen(stream: Iterator[Region], seen: set[bytes], seed: int) -> Iterator[DrawnDocument]:
+    for number, region in enumerate(stream):
+        digests = [_digest(document.text, seed) for document in region]
+        draw = int.from_bytes(digests[0][:8], "big") / 2.0**64
+        split = "validation" if draw < HELD_OUT_FRAC else "calibration" if draw < 2 * HELD_OUT_FRAC else "train"
+        for document, digest in zip(region, digests, strict=True):
+            if digest not in seen:
+                seen.add(digest)
+                yield DrawnDocument(split=split, region=number, text=document.text, ended=document.ended)
 
 
-def _encoded(stream: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[PackedDocument]:
-    while batch := list(islice(stream, _ENCODE_BATCH_DOCUMENTS)):
-        encodings = encode_documents(tokenizer, [text for _, text in batch])
-        for (split, text), tokens in zip(batch, encodings, strict=True):
-            tokens.append(tokenizer.eos_token_id)
-            yield PackedDocument(split=split, tokens=tokens, num_bytes=len(text.encode("utf-8")))
+def _digest(text: str, seed: int) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16, key=str(seed).encode()).digest()
 
 
-def _long_enough(stream: Iterator[PackedDocument], min_tokens: int, read: SourceRead) -> Iterator[PackedDocument]:
+def _encoded(
+    stream: Iterator[DrawnDocument], tokenizer: PreTrainedTokenizerFast, min_tokens: int, read: SourceRead
+) -> Iterator[PackedDocument]:
+    """Documents of at least ``min_tokens`` tokens; ``read`` counts the shorter ones."""
+    while batch := list(islice(_long_enough(stream, min_tokens, read), _ENCODE_BATCH_DOCUMENTS)):
+        encodings = encode_documents(tokenizer, [document.text for document in batch])
+        for document, tokens in zip(batch, encodings, strict=True):
+            if document.ended:
+                tokens.append(tokenizer.eos_token_id)
+            if len(tokens) < min_tokens:
+                read.num_short += 1
+                continue
+            num_bytes = len(document.text.encode("utf-8"))
+            yield PackedDocument(split=document.split, region=document.region, tokens=tokens, num_bytes=num_bytes)
+
+
+def _long_enough(stream: Iterator[DrawnDocument], min_tokens: int, read: SourceRead) -> Iterator[DrawnDocument]:
+    """Without what is short by its bytes already: to encode a whole corpus for its few long documents takes hours."""
     for document in stream:
-        if len(document.tokens) >= min_tokens:
+        # A token is a byte at least; one more byte for the space that some tokenizers put before a text.
+        if len(document.text.encode("utf-8")) + document.ended + 1 >= min_tokens:
             yield document
         else:
             read.num_short += 1
@@ -258,7 +347,9 @@ def _first_dry(reads: list[SourceRead]) -> SourceRead:
     return min(reads, key=lambda read: read.num_tokens / read.source.weight)
 
 
-def _require_held_out(data: DataConfig, writers: dict[str, SplitWriter], reads: list[SourceRead]) -> None:
+def _require_held_out(
+    data: DataConfig, writers: Mapping[str, SplitWriter | HeldOutWriter], reads: list[SourceRead]
+) -> None:
     """Raise ``ValueError`` for a held-out split short of its budget or an empty train split."""
     dry = _first_dry(reads)
     end = f"source {dry.name} (weight {dry.source.weight:g}) ended after {dry.num_tokens} tokens"

@@ -1,6 +1,7 @@
 """Documents of text from the sources that a configuration names.
 
-Torch-free. A document is one string; a source is an iterator of documents whose order is a function of the seed alone.
+Torch-free. A source is an iterator of regions, stretches of neighbouring documents that are never torn apart between
+the train split and a held-out one. Their order is a function of the seed alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -23,6 +25,13 @@ Item = TypeVar("Item")
 
 MAX_DOCUMENT_CHARS = 8_192
 """Bound on one document cut from a larger file: a held-out split of 100,000 tokens still holds dozens of them."""
+
+REGION_DOCUMENTS = 32
+"""Most documents of a region: files of up to 256 KiB are one, so that they are held out whole; of a larger one, such as
+a corpus in a single file, long stretches are."""
+
+MIN_REGIONS = 32
+"""A source of fewer files is cut into smaller regions until it has about so many: held-out splits need some of them."""
 
 SHUFFLE_BUFFER_DOCUMENTS = 4_096
 """Documents held in memory while shuffling: at most 32 MiB of cut documents."""
@@ -38,6 +47,19 @@ COMPRESSED_SUFFIXES: dict[str, Callable[..., TextIO]] = {".xz": lzma.open, ".gz"
 _NOT_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings"}
 
 _TOP_LEVEL_DEFINITION = re.compile(r"(def|class|async def)\b|@")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text, never empty."""
+
+    text: str
+    ended: bool = True
+    """Whether it stops where its author stopped; sampled text may be cut at a length."""
+
+
+Region = tuple[Document, ...]
+"""Neighbouring documents: a file, a part of a large one, or a row alone."""
 
 
 def stdlib_files() -> list[Path]:
@@ -69,31 +91,38 @@ def text_files(path: str) -> list[Path]:
     return files
 
 
-def documents(source: SourceConfig, *, seed: int, whole_files: bool = False) -> Iterator[str]:
-    """Non-empty documents of one source, shuffled: the order of files by the seed, then documents in a buffer.
+def regions(source: SourceConfig, *, seed: int, whole_files: bool = False) -> Iterator[Region]:
+    """Regions of one source, shuffled: the order of files by the seed, then regions in a buffer.
 
     ``whole_files``: a text or source file is one document, however long; the buffer is then smaller.
     """
     if source.kind == "hub":
-        stream = _hub_documents(source)
+        stream = _each_alone(_hub_documents(source))
     else:
         files = stdlib_files() if source.kind == "python_stdlib" else text_files(str(source.path))
         random.Random(seed).shuffle(files)
-        max_chars = None if whole_files else MAX_DOCUMENT_CHARS
-        stream = (document for file in files for document in _file_documents(file, source.text_field, max_chars))
-    buffer_items = SHUFFLE_BUFFER_LONG_DOCUMENTS if whole_files else SHUFFLE_BUFFER_DOCUMENTS
-    return shuffled((document for document in stream if document.strip()), seed=seed, buffer_items=buffer_items)
+        size = None if whole_files else _region_documents(files)
+        stream = (region for file in files for region in _file_regions(file, source, size))
+    buffer_documents = SHUFFLE_BUFFER_LONG_DOCUMENTS if whole_files else SHUFFLE_BUFFER_DOCUMENTS
+    return shuffled(stream, seed=seed, buffer_size=buffer_documents, size=len)
 
 
-def shuffled(items: Iterable[Item], *, seed: int, buffer_items: int = SHUFFLE_BUFFER_DOCUMENTS) -> Iterator[Item]:
-    """Shuffle a stream through a buffer: every item drawn makes room for the next of the stream."""
+def shuffled(
+    items: Iterable[Item], *, seed: int, buffer_size: int, size: Callable[[Item], int] = lambda _: 1
+) -> Iterator[Item]:
+    """Shuffle a stream through a buffer whose items have at most ``buffer_size`` together."""
     rng = random.Random(seed)
-    stream = iter(items)
-    buffer = list(islice(stream, buffer_items))
-    for item in stream:
-        slot = rng.randrange(buffer_items)
-        yield buffer[slot]
-        buffer[slot] = item
+    buffer: list[Item] = []
+    filled = 0
+    for item in items:
+        buffer.append(item)
+        filled += size(item)
+        while filled > buffer_size:
+            slot = rng.randrange(len(buffer))
+            buffer[slot], buffer[-1] = buffer[-1], buffer[slot]
+            drawn = buffer.pop()
+            filled -= size(drawn)
+            yield drawn
     rng.shuffle(buffer)
     yield from buffer
 
@@ -167,21 +196,31 @@ def _text_suffix(file: Path) -> str:
     return "" if inner == ".parquet" else inner
 
 
-def _file_documents(file: Path, text_field: str, max_chars: int | None) -> Iterator[str]:
+def _region_documents(files: Sequence[Path]) -> int:
+    """Documents to a region."""
+    if len(files) >= MIN_REGIONS:
+        return REGION_DOCUMENTS
+    num_documents = sum(file.stat().st_size for file in files) // MAX_DOCUMENT_CHARS
+    return min(REGION_DOCUMENTS, max(1, num_documents // MIN_REGIONS))
+
+
+def _file_regions(file: Path, source: SourceConfig, region_documents: int | None) -> Iterator[Region]:
+    """Regions of one file; where ``region_documents`` is None, the file is one document."""
     suffix = _text_suffix(file)
     if suffix == ".parquet":
-        yield from _parquet_documents(file, text_field)
+        yield from _each_alone(_parquet_documents(file, source.text_field))
         return
     opener = COMPRESSED_SUFFIXES.get(file.suffix, open)
     try:
         with opener(file, mode="rt", encoding="utf-8") as lines:
             if suffix == ".jsonl":
-                yield from _jsonl_documents(file, lines, text_field)
-            elif max_chars is None:
-                yield lines.read()
+                yield from _each_alone(_jsonl_documents(file, lines, source))
+            elif region_documents is None:
+                yield from _each_alone([Document(text=lines.read())])
             else:
                 starts_segment = starts_definition if suffix == ".py" else starts_paragraph
-                yield from split_documents(lines, starts_segment=starts_segment, max_chars=max_chars)
+                cut = (Document(text=text) for text in split_documents(lines, starts_segment=starts_segment))
+                yield from _neighbours(cut, region_documents)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data.sources: {file} is not UTF-8 ({error.reason}); convert it or leave it out of path"
@@ -192,7 +231,17 @@ def _file_documents(file: Path, text_field: str, max_chars: int | None) -> Itera
         ) from error
 
 
-def _jsonl_documents(file: Path, lines: Iterable[str], text_field: str) -> Iterator[str]:
+def _each_alone(documents: Iterable[Document]) -> Iterator[Region]:
+    return ((document,) for document in documents if document.text.strip())
+
+
+def _neighbours(documents: Iterable[Document], region_documents: int) -> Iterator[Region]:
+    stream = (document for document in documents if document.text.strip())
+    while region := tuple(islice(stream, region_documents)):
+        yield region
+
+
+def _jsonl_documents(file: Path, lines: Iterable[str], source: SourceConfig) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -206,10 +255,12 @@ def _jsonl_documents(file: Path, lines: Iterable[str], text_field: str) -> Itera
         require(
             isinstance(row, dict), f"data.sources: {where} is a {type(row).__name__}; a .jsonl has one object per line"
         )
-        yield _row_text(row, text_field, where)
+        # A column of that name in anyone else's text may mean anything.
+        ended = bool(row["ended"]) if source.kind == "generated" else True
+        yield Document(text=_row_text(row, source.text_field, where), ended=ended)
 
 
-def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
+def _parquet_documents(file: Path, text_field: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -221,15 +272,15 @@ def _parquet_documents(file: Path, text_field: str) -> Iterator[str]:
         _require_column(table.schema_arrow.names, text_field, str(file))
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
             for text in batch.column(0).to_pylist():
-                yield _row_text({text_field: text}, text_field, str(file))
+                yield Document(text=_row_text({text_field: text}, text_field, str(file)))
 
 
-def _hub_documents(source: SourceConfig) -> Iterator[str]:
+def _hub_documents(source: SourceConfig) -> Iterator[Document]:
     from datasets import load_dataset
 
     rows = load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True)
     for row in rows:
-        yield _row_text(row, source.text_field, f"{source.path}, split {source.split}")
+        yield Document(text=_row_text(row, source.text_field, f"{source.path}, split {source.split}"))
 
 
 def _row_text(row: dict[str, Any], text_field: str, where: str) -> str:

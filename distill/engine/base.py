@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distill import distributed
 from distill.config import EngineConfig, OptimConfig, require
 from distill.data.batch import Batch
-from distill.engine.setup import TrainingSetup
+from distill.engine.setup import ModelProvider, TrainingSetup
 
 ENGINES = {
     "torch": "distill.engine.torch_engine:TorchEngine",
@@ -47,15 +49,16 @@ class Engine(Protocol):
             all ranks, scalars on the device: reading one waits for the device.
         """
 
-    def evaluate(self, sequences: Tensor) -> dict[str, float]:
+    def evaluate(self, sequences: Tensor | Batch) -> dict[str, float]:
         """Held-out metrics of the student as it stands, equal on all ranks.
 
         Args:
-            sequences: token ids [num_sequences, seq], all of them on every rank.
+            sequences: token ids [num_sequences, seq], or a batch that says more of them (documents that are kept
+                apart); all of them on every rank.
 
         Returns:
-            ``lm_loss`` in nats per token and, beside a teacher, ``kld`` (KL(teacher || student) in nats per token),
-            ``top1_agreement_frac`` and ``teacher_lm_loss``.
+            ``lm_loss`` in nats per token and, beside a teacher, ``kld`` (KL(teacher || student) in nats per token;
+            beside one that is cached ``kld_top_k``, a lower bound), ``top1_agreement_frac`` and ``teacher_lm_loss``.
         """
 
     def save(self, directory: Path) -> None:
@@ -89,11 +92,29 @@ def create_engine(
     return engine_class(setup, optim=optim, engine=engine, batch_size=batch_size, seq_len=seq_len)
 
 
+def export_from(provider: ModelProvider, tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    """Write ``tensors`` as a model directory. Every process calls it, the first one writes.
+
+    Args:
+        provider: of the model, whose architecture is written.
+        tensors: whole tensors by name, on any device. Every process goes through them, which may gather them; only
+            those of the first process are looked at.
+        directory: made if needed; holds no weights yet.
+    """
+    with distributed.limited(distributed.STORAGE_TIMEOUT):
+        if distributed.is_main():
+            provider.write(directory, tensors)
+        else:
+            for _ in tensors:
+                pass
+        distributed.barrier()
+
+
 def resolve_device(engine: EngineConfig) -> torch.device:
     """The device that ``engine.device`` means here.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ValueError: CUDA is asked for and there is none, or processes that work together would share a device.
     """
     available = torch.cuda.is_available()
     require(
@@ -101,6 +122,8 @@ def resolve_device(engine: EngineConfig) -> torch.device:
         "engine.device=cuda, but torch finds no CUDA device; set engine.device=cpu or install a CUDA build of torch",
     )
     use_cuda = engine.device == "cuda" or (engine.device == "auto" and available)
+    if use_cuda and distributed.world_size() > 1:
+        distributed.check_own_gpu()
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 
 

@@ -6,26 +6,26 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from math import inf
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import inf, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from distill import distributed
 from distill.config import EngineConfig, OptimConfig, require
 from distill.data.batch import Batch
-from distill.engine.base import micro_batch_size, resolve_device, resolve_dtype
+from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
 from distill.engine.random_state import load_random_state, save_random_state
 from distill.engine.setup import ModelProvider, TrainingSetup
-from distill.engine.student_step import StudentStep, prepare_student, sum_metrics
+from distill.engine.student_step import StudentStep, evaluate_step, own_part, prepare_student, sum_metrics, trains_head
 from distill.engine.teachers import build_teachers
-from distill.evaluate import add_sums, equal_shares, means
 from distill.objective import Objective, Totals
 from distill.optim import build_optimizer
 
@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         assert batch_size % self.num_data_ranks == 0, f"{batch_size} sequences for {self.num_data_ranks} data ranks"
         self._provider = setup.student
         self._dtype = resolve_dtype(engine)
-        self._trains_head = setup.objective.kld > 0 or setup.objective.lm > 0
+        self._trains_head = trains_head(setup.objective)
         self._num_positions = batch_size * seq_len
         sequences = batch_size // self.num_data_ranks
         self._micro_batch = micro_batch_size(engine, batch_size=sequences, seq_len=seq_len // self._ranks.num_parts)
@@ -125,7 +125,7 @@ class DeepSpeedEngine:
 
     def step(self, batch: Batch, *, lr: float) -> dict[str, Tensor]:
         """See :class:`distill.engine.base.Engine`."""
-        batch = self._own_part(batch)
+        batch = own_part(batch, self._ranks, self.device)
         totals = Totals(num_positions=self._num_positions, num_targets=distributed.all_reduce_sum(batch.num_targets()))
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
@@ -143,18 +143,14 @@ class DeepSpeedEngine:
         self._zero.step()
         return metrics
 
-    @torch.no_grad()
-    def evaluate(self, sequences: Tensor) -> dict[str, float]:
+    def evaluate(self, sequences: Tensor | Batch) -> dict[str, float]:
         """See :class:`distill.engine.base.Engine`."""
-        share = equal_shares(sequences, rank=self.data_rank, num_ranks=self.num_data_ranks)
-        sums: dict[str, Tensor] = {}
         self._zero.eval()
-        with tqdm(total=len(share), desc="evaluate", unit="seq", leave=False) as bar:
-            for batch in share.split(self._micro_batch):
-                add_sums(sums, self._zero(self._own_part(batch), None))
-                bar.update(len(batch))
+        metrics = evaluate_step(
+            self._zero, sequences, ranks=self._ranks, micro_batch=self._micro_batch, device=self.device
+        )
         self._zero.train()
-        return means(distributed.all_reduce_sums(sums)) | self._teachers.known_metrics(len(sequences))
+        return metrics | self._teachers.known_metrics(len(sequences))
 
     def save(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`.
@@ -181,33 +177,23 @@ class DeepSpeedEngine:
             "it and start from the model",
         )
         for name, parameter in self._parameters.items():
-            tensors = load_file(state / f"{name}.safetensors")
-            self._set_weight(parameter, tensors[_MASTER])
-            for key in _MOMENTS:
-                self._set_whole(parameter, tensors[key], key)
+            with safe_open(state / f"{name}.safetensors", framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in (_MASTER, *_MOMENTS)}
+                for key, stored in slices.items():
+                    self._set_own(parameter, lambda rows, stored=stored: stored[rows.start : rows.stop], key)
+                steps_done = file.get_tensor(_COUNT)
         for count in self._step_counts():
-            count.copy_(tensors[_COUNT])
+            count.copy_(steps_done)
+        self._round_masters()
         load_random_state(directory, self.device)
 
     def export(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`. No rank ever holds more than one whole parameter."""
-        tensors = self._whole_parameters()
-        if distributed.is_main():
-            self._provider.write(directory, tensors)
-        else:
-            for _ in tensors:
-                pass
-        distributed.barrier()
+        export_from(self._provider, self._whole_parameters(), directory)
 
     def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
             yield name, self._whole(parameter)
-
-    def _own_part(self, batch: Batch) -> Batch:
-        """This rank's part of the sequences, on the device."""
-        if self._ranks.num_parts > 1:
-            batch = batch.sequence_part(self._ranks.part, self._ranks.num_parts)
-        return batch.to(self.device)
 
     @torch.no_grad()
     def _whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
@@ -218,39 +204,56 @@ class DeepSpeedEngine:
         return utils.safe_get_full_optimizer_state(parameter, key)
 
     @torch.no_grad()
-    def _set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Set this rank's part of the master weight, or of optimizer state ``key``, from the whole ``value``."""
-        utils = self._deepspeed.utils
-        if not hasattr(parameter, "ds_id"):
-            value = value.to(self.device)
-            if key is None:
-                utils.safe_set_full_fp32_param(parameter, value)
+    def _set_own(self, parameter: nn.Parameter, read_rows: Callable[[range], Tensor], key: str) -> None:
+        """Set what this rank keeps of the master weight or of optimizer state ``key``, and read nothing else.
+
+        Args:
+            parameter: of the student.
+            read_rows: these rows of the whole, on the CPU.
+            key: one of the tensors of a resume point.
+        """
+        shape = parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape
+        start, size = self._own_elements(parameter)
+        part = read_elements(read_rows, shape, start=start, size=size).float()
+        if hasattr(parameter, "ds_id"):
+            utils = self._deepspeed.utils
+            if key == _MASTER:
+                utils.safe_set_local_fp32_param(parameter, part)
             else:
-                utils.safe_set_full_optimizer_state(parameter, value, key)
-            return
-        size = parameter.partition_numel()
-        padded = nn.functional.pad(value.flatten(), (0, size * distributed.world_size() - value.numel()))
-        part = padded[distributed.rank() * size :][:size]
-        if key is None:
-            utils.safe_set_local_fp32_param(parameter, part)
-        else:
-            utils.safe_set_local_optimizer_state(parameter, part, key)
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif size > 0:
+            parameter._hp_mapping.get_hp_fragment(None if key == _MASTER else key).copy_(part)
+
+    def _own_elements(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First element, and number, of what this rank keeps of the flattened ``parameter``, padding included."""
+        if hasattr(parameter, "ds_id"):
+            size = parameter.partition_numel()
+            return distributed.rank() * size, size
+        if parameter._hp_mapping is None:
+            return 0, 0
+        place = parameter._hp_mapping.lp_fragment_address
+        return place.start, place.numel
 
     @torch.no_grad()
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set master weight and the weight that runs."""
-        if hasattr(parameter, "ds_id"):
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if distributed.is_main():
-                    parameter.copy_(value)
-        else:
-            parameter.copy_(value)
-        self._set_whole(parameter, value)
+    def _round_masters(self) -> None:
+        """Have the weights that run follow the master weights, as after a step."""
+        zero = self._zero.optimizer
+        if hasattr(zero, "update_lp_params"):
+            zero.update_lp_params()
+            return
+        small = zero.persistent_parameters
+        if small:
+            # Whole on every rank, and gathered again from what follows.
+            small[0].partition(small)
+        for parameter in self._parameters.values():
+            parameter.ds_tensor.copy_(self._deepspeed.utils.safe_get_local_fp32_param(parameter))
+        if small:
+            small[0].all_gather(small)
 
     def _set_masters(self, provider: ModelProvider) -> None:
         """Start the masters from what is stored, not from what bf16 leaves of it."""
         for name, parameter in self._parameters.items():
-            self._set_whole(parameter, provider.read(name).float())
+            self._set_own(parameter, partial(provider.read, name), _MASTER)
 
     def _flat_masters(self) -> list[Tensor]:
         """This rank's parts of the master weights, as the inner AdamW knows them: each wrapper has its own name."""
@@ -315,6 +318,24 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def read_elements(read_rows: Callable[[range], Tensor], shape: Sequence[int], *, start: int, size: int) -> Tensor:
+    """Elements ``start`` to ``start + size`` of a flattened tensor, zeros beyond its end. Reads the rows with them.
+
+    Args:
+        read_rows: rows of the tensor.
+        shape: of the tensor, of one dimension or more.
+        start: first element.
+        size: elements.
+    """
+    num_rows, row_size = shape[0], prod(shape[1:])
+    stop = min(start + size, num_rows * row_size)
+    if stop <= start:
+        return torch.zeros(size)
+    rows = range(start // row_size, -(-stop // row_size))
+    elements = read_rows(rows).flatten()[start - rows.start * row_size :][: stop - start]
+    return nn.functional.pad(elements, (0, size - len(elements)))
 
 
 def _spare_head(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from distill.config import EngineConfig, require
+from distill.config import EngineConfig, ObjectiveConfig, require
 
 _ALTERNATIVE = {
     "shard": "set engine.name=torch, or engine.name=deepspeed with engine.zero_stage=3, which deals the weights too",
@@ -60,6 +60,21 @@ def check_options(engine: EngineConfig) -> None:
     _check_teacher_device(engine)
 
 
+def check_objective_memory(engine: EngineConfig, objective: ObjectiveConfig) -> None:
+    """Compare what ``engine`` moves out of the way with what ``objective`` holds on to.
+
+    Raises:
+        ValueError: the offload of activations would save nothing.
+    """
+    weights = f"objective.hidden_cosine={objective.hidden_cosine:g}, objective.hidden_mse={objective.hidden_mse:g}"
+    require(
+        not (engine.offload_activations and objective.compares_hidden),
+        "engine.offload_activations=true moves the blocks' inputs to CPU memory, but to compare hidden states "
+        f"({weights}) all of them stay on the device until the backward pass; set objective=kld (or another without "
+        "hidden terms), or engine.offload_activations=false",
+    )
+
+
 def _check_teacher_device(engine: EngineConfig) -> None:
     place = engine.teacher_device
     require(
@@ -93,7 +108,7 @@ def check_layout(engine: EngineConfig, *, world_size: int, batch_size: int, seq_
             sequence cannot be dealt.
     """
     check_options(engine)
-    _check_world(engine, world_size)
+    check_world(engine, world_size)
     # Between tensor-parallel ranks, too, activations are split over the sequence.
     for name in ("sequence_parallel", "tensor_parallel"):
         parts = getattr(engine, name)
@@ -119,7 +134,12 @@ def check_layout(engine: EngineConfig, *, world_size: int, batch_size: int, seq_
     )
 
 
-def _check_world(engine: EngineConfig, world_size: int) -> None:
+def check_world(engine: EngineConfig, world_size: int) -> None:
+    """Compare the ranks that share a sequence or a model in ``engine`` with the number of processes.
+
+    Raises:
+        ValueError: the processes are no multiple of those ranks.
+    """
     shared = num_model_ranks(engine)
     splits = ("sequence_parallel", "tensor_parallel", "pipeline_parallel")
     names = [name for name in splits if getattr(engine, name) > 1]

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from distill import distributed
-from distill.config import EngineConfig, OptimConfig, require
+from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, require
 from distill.data.batch import Batch
 from distill.distributed import TIMEOUT, DataRanks
-from distill.engine.base import micro_batch_size, resolve_device, resolve_dtype
+from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
+from distill.engine.layout import check_world
 from distill.engine.megatron_stages import ModelCosts, StagePlan, plan_stages
 from distill.engine.setup import ModelProvider, TrainingSetup
 from distill.engine.teachers import build_teachers
 from distill.evaluate import NUM_TARGETS, add_sums, equal_shares, means
+from distill.logits import divergence_name
 from distill.objective import Objective, Totals
 from distill.teacher import Teacher
 
@@ -29,8 +31,9 @@ try:
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.distributed import finalize_model_grads
 
+        from distill.engine import megatron_checkpoint
         from distill.engine.megatron_pipeline import Stage
-        from distill.engine.megatron_state import Optimizer, wrap
+        from distill.engine.megatron_state import MASTER, Optimizer, wrap
 except ImportError as error:
     raise ValueError(
         f"engine.name=megatron needs megatron-core, and its import failed ({error}); run pip install "
@@ -47,7 +50,7 @@ class MegatronEngine:
 
     Activations between the matrices are split over the sequence. The teacher's logits and the student's meet one
     vocabulary shard at a time; hidden states are compared in the stage that has the blocks. With bf16 precision weights
-    are bf16 beside fp32 master weights, and those of :meth:`export` are the bf16 ones. See
+    are bf16 beside fp32 master weights, which start from the stored ones and are what :meth:`export` writes. See
     :class:`distill.engine.base.Engine` for the interface and :func:`distill.engine.base.create_engine` for the
     arguments.
     """
@@ -78,6 +81,8 @@ class MegatronEngine:
         self._teacher_model = None if taught is None else taught.megatron()
         self._plan = _plan(self._model, self._teacher_model, setup, engine, seq_len)
         student = self._build(self._model, setup.student, self._plan.student, seq_len, recompute=engine.recompute)
+        self._layouts = self._model.layouts(self._plan.first_block(_stage()), self._plan.student[_stage()])
+        self._parameters = dict(student.named_parameters())
         if not (setup.objective.kld > 0 or setup.objective.lm > 0) and parallel_state.is_pipeline_last_stage():
             # Nothing gives the head a gradient, and weight decay alone is not to move it.
             student.head.requires_grad_(self._model.tied)
@@ -85,7 +90,7 @@ class MegatronEngine:
         if taught is not None:
             teacher = self._build(self._teacher_model, taught, self._plan.teacher, seq_len, recompute=False)
             teacher.eval().requires_grad_(False)
-        self._wrapped = wrap(student)
+        self._wrapped = wrap(student, overlap=_overlaps(engine, setup.objective, tied=self._model.tied))
         self._stage = Stage(
             student=student,
             wrapped=self._wrapped,
@@ -95,6 +100,8 @@ class MegatronEngine:
             all_tokens=self._model.all_tokens,
         )
         self._optimizer = Optimizer(self._wrapped, optim)
+        if resolve_dtype(engine) == torch.bfloat16 != setup.student.dtype:
+            self._start_masters()
 
     def step(self, batch: Batch, *, lr: float) -> dict[str, Tensor]:
         """See :class:`distill.engine.base.Engine`. Waits for the device: megatron-core reads the gradients' norm."""
@@ -114,7 +121,7 @@ class MegatronEngine:
         return {**metrics, "grad_norm": torch.tensor(self._optimizer.step(lr), device=self.device)}
 
     @torch.no_grad()
-    def evaluate(self, sequences: Tensor) -> dict[str, float]:
+    def evaluate(self, sequences: Tensor | Batch) -> dict[str, float]:
         """See :class:`distill.engine.base.Engine`."""
         share = equal_shares(sequences, rank=self.data_rank, num_ranks=self.num_data_ranks).to(self.device)
         held_out = None if self._cached is None else self._cached.held_out
@@ -127,19 +134,22 @@ class MegatronEngine:
             add_sums(sums, part)
         names = ["lm_loss"]
         if self._stage.teacher is not None:
-            names += ["kld", "top1_agreement", "teacher_lm_loss"]
+            names += [divergence_name("forward", top_k=False), "top1_agreement", "teacher_lm_loss"]
         elif held_out is not None:
-            names += ["kld", "top1_agreement"]
+            names += [divergence_name("forward", top_k=True), "top1_agreement"]
         known = {} if self._cached is None else self._cached.known_metrics(len(sequences))
         return {**means(self._over_ranks(sums, [*names, NUM_TARGETS], over_tokens=False)), **known}
 
     def save(self, directory: Path) -> None:
-        """See :class:`distill.engine.base.Engine`. Any number of tensor, pipeline and data ranks can load it."""
+        """See :class:`distill.engine.base.Engine`. Any number of tensor, pipeline and data ranks can load it.
+
+        Every rank writes what it keeps of master weights and moments, without a message to any other.
+        """
         own = directory / _STATE
         if distributed.is_main():
             own.mkdir()
         distributed.barrier()
-        self._optimizer.save(own)
+        megatron_checkpoint.save(own, self._optimizer, self._parameters, self._place())
 
     def load(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`."""
@@ -147,17 +157,11 @@ class MegatronEngine:
             (directory / _STATE).is_dir(),
             f"{directory} has no {_STATE} state: another engine wrote it; go on with that one, or start anew",
         )
-        self._optimizer.load(directory / _STATE)
+        megatron_checkpoint.load(directory / _STATE, self._optimizer, self._place())
 
     def export(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`. No rank holds more than its stage and one whole tensor."""
-        tensors = self._whole_tensors()
-        if distributed.is_main():
-            self._provider.write(directory, tensors)
-        else:
-            for _ in tensors:
-                pass
-        distributed.barrier()
+        export_from(self._provider, self._whole_tensors(), directory)
 
     def _build(
         self, model: Any, provider: ModelProvider, stage_blocks: tuple[int, ...], seq_len: int, *, recompute: bool
@@ -173,6 +177,27 @@ class MegatronEngine:
         layouts = model.layouts(sum(stage_blocks[: _stage()]), stage_blocks[_stage()])
         model.load_weights(stage, layouts, provider.read)
         return stage
+
+    def _start_masters(self) -> None:
+        """Have the master weights start from what is stored, not from what bf16 leaves of it."""
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), self._engine.tensor_parallel
+        layouts = {layout.name: layout for layout in self._layouts}
+
+        def stored(name: str, start: int, end: int) -> dict[str, Tensor]:
+            whole = [self._provider.read(source) for source in layouts[name].sources]
+            return {MASTER: layouts[name].shard(whole, rank, size).flatten()[start:end]}
+
+        self._optimizer.set_own_parts(stored)
+
+    def _place(self) -> megatron_checkpoint.Place:
+        return megatron_checkpoint.Place(
+            rank=distributed.rank(),
+            num_ranks=distributed.world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            num_tensor_ranks=self._engine.tensor_parallel,
+            layouts=self._layouts,
+            shapes=self._model.shapes(),
+        )
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """Equal parts, of at most as many tokens as the engine's setting allows."""
@@ -191,7 +216,7 @@ class MegatronEngine:
         if config.hidden_mse > 0:
             names.append("hidden_mse")
         if config.kld > 0:
-            names.append({"forward": "kld", "reverse": "reverse_kld", "jsd": "jsd"}[config.divergence])
+            names.append(divergence_name(config.divergence, top_k=self._cached is not None))
         return [*names, "lm_loss"] if config.kld > 0 or config.lm > 0 else names
 
     def _over_ranks(self, sums: dict[str, Tensor], names: list[str], *, over_tokens: bool) -> dict[str, Tensor]:
@@ -206,9 +231,8 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors one by one, on the first rank; every rank takes part."""
-        shapes, dtype = self._model.shapes(), resolve_dtype(self._engine)
-        parameters = dict(self._stage.student.named_parameters())
+        """The checkpoint's tensors one by one in fp32, on the first rank; every rank takes part."""
+        shapes = self._model.shapes()
         seen: set[str] = set()
         for stage in range(self._engine.pipeline_parallel):
             sender = stage * distributed.world_size() // self._engine.pipeline_parallel
@@ -216,37 +240,49 @@ class MegatronEngine:
                 if seen.issuperset(layout.sources):  # a tied head on the last stage
                     continue
                 seen.update(layout.sources)
-                whole = {}
-                if stage == _stage() and self.data_rank == 0:
-                    whole = dict(layout.merge(_gathered(parameters[layout.name])))
+                # No rank runs ahead of the one that writes, into the time limit of a message.
+                distributed.barrier()
+                whole = self._merged(layout) if stage == _stage() else {}
                 for name in layout.sources:
                     if stage > 0 and distributed.rank() == sender:
                         torch.distributed.send(whole[name].contiguous(), dst=0)
                     elif stage > 0 and distributed.is_main():
-                        whole[name] = torch.empty(shapes[name], dtype=dtype, device=self.device)
+                        whole[name] = torch.empty(shapes[name], dtype=torch.float32, device=self.device)
                         torch.distributed.recv(whole[name], src=sender)
                     if distributed.is_main():
                         yield name, whole[name]
 
+    def _merged(self, layout: Any) -> dict[str, Tensor]:
+        """Whole tensors of one parameter of this stage, on its first data rank; all ranks of the stage take part."""
+        parameter = self._parameters[layout.name]
+        if not self._optimizer.trains(parameter):
+            return {source: self._provider.read(source).to(self.device, torch.float32) for source in layout.sources}
+        shard = self._optimizer.whole_master(parameter)
+        return dict(layout.merge(_gathered(shard))) if self.data_rank == 0 else {}
 
-def _gathered(parameter: Tensor) -> list[Tensor]:
+
+def _gathered(shard: Tensor) -> list[Tensor]:
     """The shards of all tensor ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
-    shards = [torch.empty_like(parameter) for _ in range(group.size())]
-    torch.distributed.all_gather(shards, parameter.detach().contiguous(), group=group)
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, shard, group=group)
     return shards
+
+
+def _overlaps(engine: EngineConfig, objective: ObjectiveConfig, *, tied: bool) -> bool:
+    """Whether gradients and new weights travel beside the computation.
+
+    Not where the last stage has a copy of the embedding that no term gives a gradient: megatron-core would wait for it.
+    """
+    trains_copy = not tied or engine.pipeline_parallel == 1 or objective.kld > 0 or objective.lm > 0
+    return torch.cuda.is_available() and trains_copy
 
 
 def _start_grid(engine: EngineConfig) -> None:
     """Have megatron-core deal the processes: ranks of a tensor group are neighbours, stages are furthest apart."""
     distributed.everyone()
     sizes = engine.tensor_parallel, engine.pipeline_parallel
-    ranks = sizes[0] * sizes[1]
-    require(
-        distributed.world_size() % ranks == 0,
-        f"engine.tensor_parallel={sizes[0]} x engine.pipeline_parallel={sizes[1]} needs a multiple of {ranks} "
-        f"processes, got {distributed.world_size()}",
-    )
+    check_world(engine, distributed.world_size())
     if parallel_state.model_parallel_is_initialized():
         present = (
             parallel_state.get_tensor_model_parallel_world_size(),

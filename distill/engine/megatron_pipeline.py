@@ -1,7 +1,7 @@
 """One pipeline stage at work: student and teacher side by side through megatron-core's schedules.
 
 The teacher's activations travel beside the student's, concatenated over channels, and hidden states are compared in the
-stage that has the blocks. So the last stage needs the heads alone. Gradients of the teacher's half are zeros.
+stage that has the blocks. So the last stage needs the heads alone. Gradients of the student's half alone travel back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.distributed import ProcessGroup
 
 from distill.config import ObjectiveConfig
 from distill.data.batch import IGNORE_INDEX, Batch
+from distill.engine.megatron_messages import ForwardBeside, grid_groups
+from distill.engine.megatron_state import wait_for_weight
 from distill.engine.megatron_terms import HiddenTerms, add_term
 from distill.evaluate import NUM_TARGETS
 from distill.losses import head_losses, token_metrics
@@ -69,9 +71,11 @@ class Stage:
         """
         metrics: list[dict[str, Tensor]] = []
 
+        teaches = self.teacher is not None and self.objective.needs_teacher
+
         def work(data: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
             batch = next(data)
-            hidden, taught, terms = self._forward(batch, totals)
+            hidden, taught, terms = self._forward(batch, totals, teaches=teaches)
             found = {} if terms is None else dict(terms.metrics)
             term = None if terms is None else terms.loss
             if not self.is_last:
@@ -91,7 +95,7 @@ class Stage:
             # With a number of tokens megatron-core leaves the loss as it is; it is not divided by that number here.
             return loss, lambda output: (output, torch.zeros((), dtype=torch.int, device=output.device), {})
 
-        self._run(work, batches, forward_only=False)
+        self._run(work, batches, forward_only=False, teaches=teaches)
         return metrics
 
     @torch.no_grad()
@@ -100,16 +104,17 @@ class Stage:
     ) -> list[dict[str, Tensor]]:
         """Sums as :func:`distill.evaluate.held_out_sums`, per micro-batch, on the last stage; elsewhere nothing."""
         sums: list[dict[str, Tensor]] = []
+        teaches = self.teacher is not None
 
         def work(data: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
             batch = next(data)
-            hidden, taught, _ = self._forward(batch, None)
+            hidden, taught, _ = self._forward(batch, None, teaches=teaches)
             if not self.is_last:
                 return self._outgoing(hidden, taught), _unused_loss
             labels = _by_position(batch.labels)
             found = token_metrics(
                 self.all_tokens(self.student, hidden).flatten(0, 1),
-                self.student.head,
+                self._head,
                 **{"teacher_hidden": None, "teacher_head": None, **self._teaching(taught, batch, cached)},
                 labels=labels,
                 chunk_tokens=chunk_tokens,
@@ -119,13 +124,17 @@ class Stage:
             sums.append({**total, NUM_TARGETS: (labels != IGNORE_INDEX).sum(dtype=torch.float64)})
             return hidden, lambda output: (output, torch.zeros((), dtype=torch.int, device=output.device), {})
 
-        self._run(work, batches, forward_only=True)
+        self._run(work, batches, forward_only=True, teaches=teaches)
         return sums
 
-    def _run(self, work: Callable, batches: list[Batch], *, forward_only: bool) -> None:
+    def _run(self, work: Callable, batches: list[Batch], *, forward_only: bool, teaches: bool) -> None:
         num_sequences, seq = batches[0].input_ids.shape
         assert all(len(batch) == num_sequences for batch in batches), "stages send tensors of one shape"
-        travels = self.teacher is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1
+        travels = teaches and parallel_state.get_pipeline_model_parallel_world_size() > 1
+        messages = {}
+        if travels:
+            extra = self.teacher.config.hidden_size
+            messages = {"p2p_communicator": ForwardBeside(self.student.config, extra), "pg_collection": grid_groups()}
         get_forward_backward_func()(
             forward_step_func=work,
             data_iterator=iter(batches),
@@ -135,6 +144,7 @@ class Stage:
             micro_batch_size=num_sequences,
             forward_only=forward_only,
             adjust_tensor_shapes_fn=self._with_teacher if travels else None,
+            **messages,
         )
 
     def _with_teacher(self, received: list[tuple], sent: list[tuple]) -> tuple[list[tuple], list[tuple]]:
@@ -145,12 +155,15 @@ class Stage:
     def _outgoing(self, hidden: Tensor, taught: Tensor | None) -> Tensor:
         return (hidden if taught is None else torch.cat((hidden, taught), dim=-1)).contiguous()
 
-    def _forward(self, batch: Batch, totals: Totals | None) -> tuple[Tensor, Tensor | None, HiddenTerms | None]:
-        """Outputs of the student and of the teacher, and the terms on what is in between (with ``totals``)."""
+    def _forward(
+        self, batch: Batch, totals: Totals | None, *, teaches: bool
+    ) -> tuple[Tensor, Tensor | None, HiddenTerms | None]:
+        """Outputs of the student and, if it ``teaches``, of the teacher, and the terms on what is in between (with
+        ``totals``)."""
         received = self.student.decoder.input_tensor
         inputs = (batch.input_ids, batch.position_ids)
         taught, targets = None, {}
-        if self.teacher is not None:
+        if teaches:
             if received is not None:
                 received, beside = received.split(
                     [self.student.config.hidden_size, self.teacher.config.hidden_size], -1
@@ -165,8 +178,6 @@ class Stage:
                 self.layer_map,
                 targets=targets,
                 num_positions=totals.num_positions,
-                share=batch.num_positions / totals.num_positions,
-                token_group=self.tensor_group if self._num_token_parts > 1 else None,
             )
         hidden = self.wrapped(*inputs, separate_documents=batch.separate_documents, after_block=terms)
         return hidden, taught, terms
@@ -192,7 +203,7 @@ class Stage:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return head_losses(
             self.all_tokens(self.student, hidden).flatten(0, 1),
-            self.student.head,
+            self._head,
             labels=_by_position(batch.labels),
             **(self._teaching(taught, batch, cached) if self.objective.kld > 0 else {}),
             kld_weight=self.objective.kld,
@@ -209,11 +220,15 @@ class Stage:
         if cached is not None:
             top = cached.signal(batch).top
             assert top is not None
-            return {"teacher_top": (_by_position(top.token_ids), _by_position(top.log_probs))}
+            return {"teacher_top": top.map(_by_position)}
         if taught is None:
             return {}
         hidden = self.all_tokens(self.teacher, taught).flatten(0, 1)
         return {"teacher_hidden": hidden, "teacher_head": self.teacher.head}
+
+    @property
+    def _head(self) -> Tensor:
+        return wait_for_weight(self.wrapped, self.student.head)
 
     @property
     def _vocab_group(self) -> ProcessGroup | None:

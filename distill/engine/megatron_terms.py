@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
 from distill.config import ObjectiveConfig
 from distill.losses import hidden_cosine, hidden_mse
@@ -38,8 +37,6 @@ class HiddenTerms:
         layer_map: teacher block that each student block is paired with.
         targets: outputs of the teacher's blocks of this stage, by index, as the student's are laid out.
         num_positions: of the whole optimizer step.
-        share: of the micro-batch in it.
-        token_group: ranks that have parts of the tokens (sequence parallel); None: each has all.
     """
 
     def __init__(
@@ -49,15 +46,11 @@ class HiddenTerms:
         *,
         targets: dict[int, Tensor],
         num_positions: int,
-        share: float,
-        token_group: ProcessGroup | None,
     ) -> None:
         self._config = config
         self._layer_map = layer_map
         self._targets = targets
         self._num_positions = num_positions
-        self._share = share
-        self._group = token_group
         self.loss: Tensor | None = None
         """Weighted sum of the terms so far, with its gradient; of this rank's tokens."""
         self.metrics: dict[str, Tensor] = {}
@@ -67,23 +60,12 @@ class HiddenTerms:
         """Compare the output of student block ``block`` with its target. Returns it as it is."""
         target = self._targets[self._layer_map[block]]
         scale = 1 / len(self._layer_map)
-        if self._config.hidden_cosine > 0:
-            cosine = hidden_cosine(hidden, target, self._num_positions) * scale
-            self._add("hidden_cosine", self._config.hidden_cosine, cosine)
-        if self._config.hidden_mse > 0:
-            mse = hidden_mse(hidden, target) * (self._share_of_norm(target) * self._share * scale)
-            self._add("hidden_mse", self._config.hidden_mse, mse)
+        for name, distance in (("hidden_cosine", hidden_cosine), ("hidden_mse", hidden_mse)):
+            weight = getattr(self._config, name)
+            if weight > 0:
+                self._add(name, weight, distance(hidden, target, self._num_positions) * scale)
         return hidden
 
     def _add(self, name: str, weight: float, term: Tensor) -> None:
         self.loss = weight * term + (0 if self.loss is None else self.loss)
         self.metrics[name] = self.metrics.get(name, 0) + term.detach()
-
-    def _share_of_norm(self, target: Tensor) -> Tensor | float:
-        """Of this rank's tokens in the teacher's squared norm, by which the distance of all tokens is divided."""
-        if self._group is None:
-            return 1.0
-        own = target.float().square().sum()
-        whole = own.clone()
-        distributed.all_reduce(whole, group=self._group)
-        return own / whole

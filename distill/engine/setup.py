@@ -36,8 +36,8 @@ class ModelProvider(Protocol):
     def names(self) -> list[str]:
         """Tensors of the directory, by parameter name; of tied ones the first alone."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, as stored. Reads nothing else."""
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """One tensor on the CPU, as stored, or these ``rows`` of its first dimension. Reads nothing else."""
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write a model directory of the same architecture with these weights, in the stored data type, one tensor at a
@@ -54,10 +54,8 @@ class ModelProvider(Protocol):
 class TeacherStore(Protocol):
     """Signals of a teacher that were computed once, by sequence."""
 
-    vocab_size: int
-
-    def signal(self, sequence_ids: Tensor, *, device: torch.device) -> Any:
-        """Signals of whole sequences [batch], on ``device``."""
+    def signal(self, sequence_ids: Tensor, positions: slice, *, device: torch.device) -> Any:
+        """Signals at ``positions`` of sequences [batch], on ``device``. Reads nothing else."""
 
     def teacher_lm_loss(self, num_sequences: int) -> float:
         """The teacher's LM loss on sequences 0 to ``num_sequences`` - 1, in nats per token with a next token."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 
-from distill.config import EngineConfig
+from distill import distributed
+from distill.config import EngineConfig, ObjectiveConfig
 from distill.data.batch import Batch
+from distill.distributed import DataRanks
 from distill.engine.base import compile_blocks
-from distill.evaluate import held_out_sums
+from distill.evaluate import add_sums, equal_shares, held_out_sums, means
 from distill.objective import Objective, Totals
 from distill.teacher import CachedTeacher, Teacher
 
@@ -87,6 +92,51 @@ def recompute_blocks(model: nn.Module) -> None:
     for block in model.model.layers:
         # Around forward, not the call: hooks that gather a block's weights stay outside of what is computed again.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def trains_head(objective: ObjectiveConfig) -> bool:
+    """Whether a term of ``objective`` is on the logits."""
+    return objective.kld > 0 or objective.lm > 0
+
+
+def freeze_untrained(model: nn.Module, objective: ObjectiveConfig) -> None:
+    """Take what no term of ``objective`` reaches out of training: without a term on the logits, a head of its own."""
+    head = model.get_output_embeddings().weight
+    if not trains_head(objective) and head is not model.get_input_embeddings().weight:
+        head.requires_grad_(False)
+
+
+def evaluate_step(
+    step: Callable[[Batch, None], dict[str, Tensor]],
+    sequences: Tensor | Batch,
+    *,
+    ranks: DataRanks,
+    micro_batch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Held-out metrics over all ranks, without gradient; every rank calls it.
+
+    Args:
+        step: a :class:`StudentStep` in evaluation mode, perhaps wrapped.
+        sequences: as :meth:`distill.engine.base.Engine.evaluate` takes them, all of them on every rank.
+        ranks: which of them are this rank's.
+        micro_batch: sequences in one forward pass.
+        device: the student's.
+    """
+    share = equal_shares(sequences, rank=ranks.data_rank, num_ranks=ranks.num_data_ranks)
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), tqdm(total=len(share), desc="evaluate", unit="seq", leave=False) as bar:
+        for batch in share.split(micro_batch):
+            add_sums(sums, step(own_part(batch, ranks, device), None))
+            bar.update(len(batch))
+    return means(distributed.all_reduce_sums(sums))
+
+
+def own_part(batch: Batch, ranks: DataRanks, device: torch.device) -> Batch:
+    """This rank's part of the sequences of its data rank, on ``device``."""
+    if ranks.num_parts > 1:
+        batch = batch.sequence_part(ranks.part, ranks.num_parts)
+    return batch.to(device)
 
 
 def sum_metrics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

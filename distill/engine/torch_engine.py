@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from distill import distributed
 from distill.config import EngineConfig, OptimConfig
 from distill.data.batch import Batch
 from distill.engine import torch_sharding, torch_state
-from distill.engine.base import micro_batch_size, resolve_device, resolve_dtype
+from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
 from distill.engine.setup import TrainingSetup
-from distill.engine.student_step import StudentStep, prepare_student, sum_metrics
+from distill.engine.student_step import (
+    StudentStep,
+    evaluate_step,
+    freeze_untrained,
+    own_part,
+    prepare_student,
+    sum_metrics,
+)
 from distill.engine.teachers import build_teachers
-from distill.evaluate import add_sums, equal_shares, means
 from distill.objective import Objective, Totals
-from distill.optim import build_optimizer
+from distill.optim import build_optimizer, init_optimizer_state
 
 
 class TorchEngine:
@@ -54,8 +59,10 @@ class TorchEngine:
         self._step = self._build(
             Objective(config=setup.objective, teacher=self._teachers.training, layer_map=setup.layer_map)
         )
-        self._wrapped = self._wrap(setup)
+        self._wrapped = self._wrap()
         self._optimizer = build_optimizer(self.student, optim, fused=engine.offload_optimizer or None)
+        # At once, not in the first step: what is saved never lacks any, and memory that is short shows here.
+        init_optimizer_state(self._optimizer)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._max_grad_norm = optim.grad_clip or math.inf
 
@@ -68,30 +75,25 @@ class TorchEngine:
         """The student with its weights, sharded if it is to be, in training mode."""
         if not self._is_sharded:
             model = self._provider.load(device=self.device, dtype=torch.float32)
+            freeze_untrained(model, objective.config)
             prepare_student(model, self._engine, self._ranks.group)
             return StudentStep(model, objective, self._teachers.held_out).train()
         step = StudentStep(self._provider.empty(), objective, self._teachers.held_out)
+        freeze_untrained(step.model, objective.config)
         prepare_student(step.model, self._engine, self._ranks.group)
         torch_sharding.shard_student(step, self._engine, self.device)
         torch_sharding.fill(step.model, self._provider, self.device, on_cpu=self._engine.offload_optimizer)
         return step.train()
 
-    def _wrap(self, setup: TrainingSetup) -> nn.Module:
+    def _wrap(self) -> nn.Module:
         """What a step calls: the student step, in DDP where each of several ranks has it whole."""
         if self._is_sharded or distributed.world_size() == 1:
             return self._step
-        head, embeddings = self.student.get_output_embeddings(), self.student.get_input_embeddings()
-        has_head_term = setup.objective.kld > 0 or setup.objective.lm > 0
-        return DistributedDataParallel(
-            self._step,
-            gradient_as_bucket_view=True,
-            # Without a term on the logits a head of its own has no gradient.
-            find_unused_parameters=not has_head_term and head.weight is not embeddings.weight,
-        )
+        return DistributedDataParallel(self._step, gradient_as_bucket_view=True)
 
     def step(self, batch: Batch, *, lr: float) -> dict[str, Tensor]:
         """See :class:`distill.engine.base.Engine`. Waits for the device only where the optimizer is on the CPU."""
-        batch = self._own_part(batch)
+        batch = own_part(batch, self._ranks, self.device)
         totals = Totals(num_positions=self._num_positions, num_targets=distributed.all_reduce_sum(batch.num_targets()))
         parts = list(batch.split(self._micro_batch))
         metrics = sum_metrics(
@@ -121,21 +123,18 @@ class TorchEngine:
         is_ddp = isinstance(self._wrapped, DistributedDataParallel)
         return self._wrapped.no_sync() if is_ddp else nullcontext()
 
-    @torch.no_grad()
-    def evaluate(self, sequences: Tensor) -> dict[str, float]:
+    def evaluate(self, sequences: Tensor | Batch) -> dict[str, float]:
         """See :class:`distill.engine.base.Engine`."""
-        share = equal_shares(sequences, rank=self.data_rank, num_ranks=self.num_data_ranks)
-        sums: dict[str, Tensor] = {}
         self._step.eval()
-        with tqdm(total=len(share), desc="evaluate", unit="seq", leave=False) as bar, self._autocast():
-            for batch in share.split(self._micro_batch):
-                add_sums(sums, self._step(self._own_part(batch), None))
-                bar.update(len(batch))
+        with self._autocast():
+            metrics = evaluate_step(
+                self._step, sequences, ranks=self._ranks, micro_batch=self._micro_batch, device=self.device
+            )
         if isinstance(self._step, FSDPModule):
             # After a backward pass FSDP2 does so itself. What is gathered is not the master weights.
             self._step.reshard()
         self._step.train()
-        return means(distributed.all_reduce_sums(sums)) | self._teachers.known_metrics(len(sequences))
+        return metrics | self._teachers.known_metrics(len(sequences))
 
     def save(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`. Any number of ranks can load it, sharded or not."""
@@ -147,24 +146,12 @@ class TorchEngine:
 
     def export(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`. No rank ever holds more than one whole parameter."""
-        tensors = self._whole_parameters()
-        if distributed.is_main():
-            self._provider.write(directory, tensors)
-        else:
-            for _ in tensors:
-                pass
-        distributed.barrier()
+        export_from(self._provider, self._whole_parameters(), directory)
 
     @torch.no_grad()
     def _whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.student.named_parameters():
             yield name, torch_sharding.whole(parameter)
-
-    def _own_part(self, batch: Batch) -> Batch:
-        """This rank's part of the sequences, on the device."""
-        if self._ranks.num_parts > 1:
-            batch = batch.sequence_part(self._ranks.part, self._ranks.num_parts)
-        return batch.to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = resolve_dtype(self._engine)

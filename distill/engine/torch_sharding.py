@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distill import distributed
 from distill.config import EngineConfig
@@ -41,7 +42,9 @@ def shard_teacher(model: nn.Module, device: torch.device) -> None:
 
 
 def fill(model: nn.Module, provider: ModelProvider, device: torch.device, *, on_cpu: bool = False) -> None:
-    """Give the parameters of ``model``, which is on the meta device, their values, one whole tensor at a time.
+    """Give the parameters of ``model``, which is on the meta device, their values, one tensor at a time.
+
+    Of a sharded parameter each rank reads its own rows alone.
 
     Args:
         model: sharded, wholly or in part.
@@ -54,16 +57,33 @@ def fill(model: nn.Module, provider: ModelProvider, device: torch.device, *, on_
         by_parameter.setdefault(parameter, []).append(name)
     state: dict[str, nn.Parameter] = {}
     for parameter, names in by_parameter.items():
-        value = provider.read(names[0]).to(device=device, dtype=parameter.dtype)
         if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            value = value.cpu() if on_cpu else value
+            value = _own_rows(provider, names[0], parameter, torch.device("cpu") if on_cpu else device)
+        else:
+            value = provider.read(names[0]).to(device=device, dtype=parameter.dtype)
         filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
         # The same object under all of its names: tied parameters stay tied.
         state |= dict.fromkeys(names, filled)
     model.load_state_dict(state, assign=True)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"the directory has no values for {left}"
+
+
+def _own_rows(provider: ModelProvider, name: str, parameter: DTensor, device: torch.device) -> DTensor:
+    """The tensor ``name``, dealt as ``parameter`` is: by rows, in one dimension of the mesh."""
+    (placement,) = parameter.placements
+    assert placement == Shard(0), f"{name} is dealt as {placement}"
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    # A rank beyond the last row has none, and its offset is the number of rows.
+    rows = provider.read(name, range(offset[0], offset[0] + shape[0]))
+    return DTensor.from_local(
+        rows.to(device=device, dtype=parameter.dtype),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def whole(parameter: Tensor) -> Tensor:

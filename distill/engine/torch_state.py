@@ -19,7 +19,7 @@ from torch.distributed import checkpoint
 from distill import distributed
 from distill.config import require
 from distill.engine.random_state import load_random_state, save_random_state
-from distill.optim import init_optimizer_state, optimizer_tensors
+from distill.optim import optimizer_tensors
 
 _TENSORS = "tensors"
 
@@ -34,7 +34,6 @@ def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, de
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Undo of :func:`save`, into ``model`` and ``optimizer`` in place; every rank calls it."""
-    init_optimizer_state(optimizer)
     require(
         (directory / _TENSORS).is_dir(),
         f"{directory} is no resume point of engine.name=torch; go on with the engine that wrote it, or remove it and "

@@ -178,6 +178,7 @@ def _tracker(config: BuildLibraryStage, context: StageContext) -> Iterator[Track
         step_name=context.step_name,
         stage="build_library",
         settings=asdict(config),
+        resume_dir=context.resume,
     ) as tracker:
         yield tracker
 

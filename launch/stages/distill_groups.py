@@ -75,6 +75,7 @@ def run(config: DistillGroupsStage, inputs: Inputs, context: StageContext) -> St
         step_name=context.step_name,
         stage="distill_groups",
         settings=asdict(config),
+        resume_dir=context.resume,
     ) as tracker:
         outcomes = distill_groups(
             ParentSlice.whole(model),

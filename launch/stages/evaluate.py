@@ -12,7 +12,7 @@ from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.evaluate import evaluate_model
-from distill.retrieval import LENGTH_COLUMNS, NUM_CANDIDATES, make_probe
+from distill.retrieval import NUM_CANDIDATES, make_probe, measure_lengths
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import EvaluateStage
 from puzzle.model.checkpoint import load_model, read_architecture
@@ -54,13 +54,7 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
             "lm_loss_gap": 0.0 if is_parent else quality["lm_loss"] - models["parent"]["lm_loss"],
             "kld": 0.0 if is_parent else quality["kld"],
             "top1_agreement_frac": 1.0 if is_parent else quality["top1_agreement_frac"],
-            "by_length": {
-                # The columns stay where a length is beyond the model's positions, without a value.
-                str(length): probe.measure(model, chunk_tokens=CHUNK_TOKENS)
-                if length <= max_positions[name]
-                else dict.fromkeys(LENGTH_COLUMNS)
-                for length, probe in probes.items()
-            },
+            "by_length": measure_lengths(model, probes, max_positions=max_positions[name], chunk_tokens=CHUNK_TOKENS),
         }
         del model  # before the next one is loaded: two large models fit where three do not
     report = {

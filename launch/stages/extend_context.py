@@ -1,7 +1,8 @@
 """Stage extend_context: student, data, perhaps a teacher -> the student at a longer context, phase after phase.
 
 Between two phases the model is a directory, whatever the engine: the next one starts from it with the rotary settings
-and positions of its own.
+and positions of its own. Each trains on what the phases before left of the train split. Before the first and after each
+the model may be probed by length, by the first process alone on its device.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 
 from distill import distributed
-from distill.config import TrainConfig, require
+from distill.config import EvaluateConfig, require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
+from distill.engine.base import resolve_device, resolve_dtype
 from distill.engine.setup import TrainingSetup
+from distill.metrics import Row
+from distill.retrieval import NUM_CANDIDATES, LengthProbe, make_probe, measure_lengths
 from distill.tracking import Tracker
 from distill.trainer import TrainResult
 from launch.stage import Inputs, StageContext, StageResult
@@ -35,11 +39,17 @@ from launch.training import (
     uptraining_tokens,
 )
 from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.parallelism import check_parallelism
 from puzzle.model.provider import DirectoryProvider
 
 RESULT_FILE = "result.json"
-"""Beside the model of a finished phase: its curve."""
+"""Beside the model of a finished phase: its curve, and what it does by length."""
+START_FILE = "start_by_length.json"
+"""In the stage's private directory: what the student does by length as it comes in."""
+
+ByLength = dict[str, dict[str, float | None]]
+"""Columns of :data:`distill.retrieval.LENGTH_COLUMNS` by length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,16 @@ class _Models:
     """As it came in."""
     teacher: DirectoryProvider | None
     layer_map: tuple[int, ...]
+    probes: dict[int, LengthProbe]
+    """By length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PhaseResult:
+    """What a finished phase leaves."""
+
+    training: TrainResult
+    by_length: ByLength
 
 
 def run(config: ExtendContextStage, inputs: Inputs, context: StageContext) -> StageResult:
@@ -68,30 +88,37 @@ def run(config: ExtendContextStage, inputs: Inputs, context: StageContext) -> St
     dataset = TokenDataset.open(inputs["data"].path)
     models = _models(config, inputs, dataset)
     phases = list(_phases(config, models.student.architecture, dataset))
-    results: list[TrainResult] = []
+    results: list[_PhaseResult] = []
     with tracking(context, stage="extend_context", config=config) as tracker:
         source = models.student.directory
+        tokens = uptraining_tokens(inputs["student"])
+        at_start = _start_by_length(models, config, context, tracker, tokens)
         for phase in phases:
-            offset = uptraining_tokens(inputs["student"]) + sum(result.tokens for result in results)
             is_last = phase is phases[-1]
-            source, result = _run_phase(phase, source, models, config, context, tracker, offset, is_last=is_last)
+            source, result = _run_phase(phase, source, models, config, context, tracker, tokens, is_last=is_last)
             results.append(result)
+            tokens += result.training.tokens
     seq_len = phases[-1].data.train.seq_len
+    measured = {"before": {"by_length": at_start}, "retrieval_chance_frac": 1 / NUM_CANDIDATES} if at_start else {}
     return StageResult(
-        headline=f"{recovery_headline(curve_ends(results[-1]))} at {seq_len:,} tokens of context",
-        metrics={"phases": [_phase_metrics(*pair) for pair in zip(phases, results, strict=True)]},
-        tokens=sum(result.tokens for result in results),
+        headline=f"{recovery_headline(curve_ends(results[-1].training))} at {seq_len:,} tokens of context",
+        metrics={"phases": [_phase_metrics(*pair) for pair in zip(phases, results, strict=True)], **measured},
+        tokens=sum(result.training.tokens for result in results),
     )
 
 
 def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -> _Models:
-    """The student and, where the objective needs one, the teacher, checked against the data and the longest phase."""
+    """The student and, where there is one, the teacher, checked against the data and the longest phase.
+
+    A teacher that the objective has no use for is what the student is held against, as in stage distill.
+    """
+    config.check_inputs(inputs)
     student = DirectoryProvider(inputs["student"].path)
     require_same_tokenizer(dataset, student.directory, "student")
     check_parallelism(student.architecture, config.engine, role="student")
-    if not config.objective.needs_teacher:
-        return _Models(student=student, teacher=None, layer_map=())
-    config.check_inputs(inputs)
+    probes = _probes(config, dataset)
+    if "teacher" not in inputs:
+        return _Models(student=student, teacher=None, layer_map=(), probes=probes)
     teacher = DirectoryProvider(inputs["teacher"].path)
     require_same_tokenizer(dataset, teacher.directory, "teacher")
     check_parallelism(teacher.architecture, config.engine, role="teacher")
@@ -99,33 +126,90 @@ def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -
     require(
         longest <= teacher.architecture.max_positions,
         f"extend_context.phases reach seq_len={longest}, beyond the {teacher.architecture.max_positions} positions of "
-        "the teacher; train that phase with objective=lm, or take a teacher that was made for it",
+        "the teacher; train that phase with objective=lm and without inputs.teacher, or take a teacher that was made "
+        "for it",
     )
     pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
-    return _Models(student=student, teacher=teacher, layer_map=pairs)
+    return _Models(student=student, teacher=teacher, layer_map=pairs, probes=probes)
+
+
+def _probes(config: ExtendContextStage, dataset: TokenDataset) -> dict[int, LengthProbe]:
+    """As many tokens at each length, and in each forward, as one held-out evaluation and one sequence of the last phase
+    have."""
+    extend = config.extend_context
+    like = EvaluateConfig(
+        seq_len=extend.phases[-1].seq_len,
+        num_sequences=extend.eval_sequences,
+        batch_size=1,
+        num_needles=extend.num_needles,
+    )
+    return {
+        length: make_probe(dataset, like, length=length, seed=config.seed, node="extend_context")
+        for length in extend.lengths
+    }
 
 
 def _phases(config: ExtendContextStage, architecture: Architecture, dataset: TokenDataset) -> Iterator[Phase]:
     """The phases in order, with the student's architecture and the data of each."""
     extend = config.extend_context
+    used_tokens = 0
     for index, phase in enumerate(extend.phases):
         architecture = replace(
             architecture,
             max_positions=max(architecture.max_positions, phase.seq_len),
             rope=phase.rope or architecture.rope,
         )
-        budget = TrainConfig(
-            max_tokens=phase.max_tokens,
-            seq_len=phase.seq_len,
-            batch_size=phase.batch_size,
-            eval_every_tokens=extend.eval_every_tokens,
-            eval_sequences=extend.eval_sequences,
-            data_end=phase.data_end,
-            separate_documents=phase.separate_documents,
+        data = training_data(
+            dataset, extend.train(index), seed=config.seed + index, node=extend.node(index), used_tokens=used_tokens
         )
-        node = f"extend_context.phases[{index}]"
-        data = training_data(dataset, budget, seed=config.seed + index, node=node)
+        used_tokens += data.train.num_steps * data.train.tokens_per_step
         yield Phase(index=index, architecture=architecture, data=data)
+
+
+def _start_by_length(
+    models: _Models, config: ExtendContextStage, context: StageContext, tracker: Tracker | None, tokens: int
+) -> ByLength:
+    """What the student does by length as it comes in; it is measured once."""
+    if not models.probes:
+        return {}
+    file = context.resume / START_FILE
+    if file.is_file():
+        measured: ByLength = json.loads(file.read_text())
+        if tracker is not None:
+            tracker.restore([_length_row(measured, tokens)])
+        return measured
+    measured = _by_length(models, models.student.directory, config)
+    if tracker is not None:
+        tracker.log(_length_row(measured, tokens))
+        partial = file.with_suffix(".tmp")
+        partial.write_text(json.dumps(measured))
+        partial.replace(file)
+    return measured
+
+
+def _by_length(models: _Models, directory: Path, config: ExtendContextStage) -> ByLength:
+    """What the model in ``directory`` does by length; the first process measures it, the others wait."""
+    measured: ByLength = {}
+    if models.probes and distributed.is_main():
+        model = load_model(directory, device=resolve_device(config.engine), dtype=resolve_dtype(config.engine))
+        measured = measure_lengths(
+            model,
+            models.probes,
+            max_positions=read_architecture(directory).max_positions,
+            chunk_tokens=config.objective.chunk_tokens,
+        )
+    return distributed.gather_objects(measured)[0]
+
+
+def _length_row(by_length: ByLength, tokens: int) -> Row:
+    """``by_length`` as a row of ``metrics.jsonl``."""
+    values = {
+        f"length_{length}/{column}": value
+        for length, columns in by_length.items()
+        for column, value in columns.items()
+        if value is not None
+    }
+    return {"tokens": tokens, **values}
 
 
 def _run_phase(
@@ -138,8 +222,8 @@ def _run_phase(
     tokens_before: int,
     *,
     is_last: bool,
-) -> tuple[Path, TrainResult]:
-    """Train one phase from the model in ``source``. Returns the directory of the trained one, and the curve.
+) -> tuple[Path, _PhaseResult]:
+    """Train one phase from the model in ``source``. Returns the directory of the trained one, and what it does.
 
     What comes between two phases is in fp32, as engines train it; a phase that is there already is not repeated.
     """
@@ -153,8 +237,8 @@ def _run_phase(
         student=student, teacher=models.teacher, objective=config.objective, layer_map=models.layer_map
     )
 
-    def trained(out: Path) -> TrainResult:
-        return run_engine(
+    def trained(out: Path) -> _PhaseResult:
+        training = run_engine(
             setup,
             phase.data,
             optim=config.optim,
@@ -167,6 +251,11 @@ def _run_phase(
             out=out,
         )
 
+        result = _PhaseResult(training=training, by_length=_by_length(models, out, config))
+        if tracker is not None and result.by_length:
+            tracker.log(_length_row(result.by_length, tokens_before + training.tokens))
+        return result
+
     if is_last:
         return context.out, trained(context.out)
     directory = context.resume / f"phase_{phase.index}_model"
@@ -176,11 +265,15 @@ def _run_phase(
             if distributed.is_main():
                 (partial / RESULT_FILE).write_text(json.dumps(asdict(result)))
     if partial is None:
-        result = TrainResult(**json.loads((directory / RESULT_FILE).read_text()))
+        known = json.loads((directory / RESULT_FILE).read_text())
+        result = _PhaseResult(training=TrainResult(**known["training"]), by_length=known["by_length"])
         if tracker is not None:
-            tracker.restore(result.curve)
+            tracker.restore(result.training.curve)
+            if result.by_length:
+                tracker.restore([_length_row(result.by_length, tokens_before + result.training.tokens)])
     return directory, result
 
 
-def _phase_metrics(phase: Phase, result: TrainResult) -> dict[str, Any]:
-    return {"seq_len": phase.data.train.seq_len, "teacher": {}, **curve_ends(result)}
+def _phase_metrics(phase: Phase, result: _PhaseResult) -> dict[str, Any]:
+    by_length = {"by_length": result.by_length} if result.by_length else {}
+    return {"seq_len": phase.data.train.seq_len, "teacher": {}, **curve_ends(result.training), **by_length}

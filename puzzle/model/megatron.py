@@ -135,6 +135,7 @@ class MegatronModel:
             pipeline_model_parallel_size=len(stage_blocks),
             pipeline_model_parallel_layout=layout,
             pipeline_dtype=dtype,
+            batch_p2p_sync=False,
             params_dtype=dtype,
             bf16=bf16,
             sequence_parallel=sequence_parallel,
@@ -308,7 +309,7 @@ def inverse_frequencies(architecture: Architecture, device: torch.device | None 
 
 
 class DecoderStage(GPTModel):
-    """The blocks of one pipeline stage. Its parameters, and a checkpoint of them, are those of a GPTModel."""
+    """The blocks of one pipeline stage. Its parameters are those of a GPTModel."""
 
     def __init__(self, architecture: Architecture, config: Any, spec: Any, *, max_positions: int, recompute: bool):
         super().__init__(

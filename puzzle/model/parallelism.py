@@ -67,13 +67,16 @@ def _sequence_parts(architecture: Architecture, ranks: int) -> str | None:
 
 
 def _shards(architecture: Architecture, ranks: int) -> str | None:
-    """Every matrix over ``ranks``, by heads, by FFN channels, or by rows of the vocabulary."""
-    if any(block.attention.kind == "gqa" for block in architecture.blocks) and architecture.num_heads % ranks:
+    """Every matrix over ``ranks``, by heads, by FFN channels, by rows of the vocabulary or of a linear replacement."""
+    # megatron-core asks for it whether a block has heads or not.
+    if architecture.num_heads % ranks:
         return f"it does not divide the {architecture.num_heads} attention heads"
     if architecture.vocab_size % ranks:
         return f"it does not divide the vocabulary of {architecture.vocab_size} rows"
     for index, block in enumerate(architecture.blocks):
         heads, width = block.attention.num_kv_heads, block.ffn.ffn_dim
+        if "linear" in (block.attention.kind, block.ffn.kind) and architecture.hidden_dim % ranks:
+            return f"it does not divide the {architecture.hidden_dim} rows of the linear replacement in block {index}"
         # megatron-core repeats KV heads where there are fewer than ranks.
         if heads is not None and heads % ranks and ranks % heads:
             return f"the {heads} KV heads of block {index} are neither a multiple nor a divisor of it"

@@ -103,10 +103,15 @@ class DirectoryProvider:
         """Tensors of the directory, by parameter name; of tied ones the first alone."""
         return list(tensor_shapes(self.architecture))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, as stored. Reads nothing else."""
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """One tensor on the CPU, as stored, or these ``rows`` of its first dimension. Reads nothing else.
+
+        Args:
+            name: one of :meth:`names`.
+            rows: consecutive; None: all.
+        """
         with TensorReader(self.directory) as reader:
-            return reader.read(name)
+            return reader.read(name) if rows is None else reader.rows(name, rows.start, rows.stop)
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write a model directory of the same architecture with these weights, in ``written_dtype``.

@@ -64,8 +64,9 @@ class LlamaProvider:
     def names(self) -> list[str]:
         return list(self._tensors())
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors()[name]
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        tensor = self._tensors()[name]
+        return tensor if rows is None else tensor[rows.start : rows.stop]
 
     def write(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         model = self.load(device=torch.device("cpu"), dtype=self.dtype)

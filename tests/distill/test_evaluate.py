@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from distill.data.batch import Batch
+from distill.data.dataset import documents_apart
 from distill.evaluate import add_sums, equal_shares, evaluate_model, held_out_sums, means
 from distill.teacher import Teacher
 
@@ -66,6 +68,20 @@ def test_equal_shares_add_up_to_the_whole(make_llama: MakeLlama, num_ranks: int)
     assert means(sums) == pytest.approx(expected, rel=1e-5)  # fp32 sums in another order
     numbers = [number for share in shares for number in share.sequence_ids.tolist()]
     assert numbers[: len(SEQUENCES)] == list(range(len(SEQUENCES)))
+
+
+def test_shares_of_a_batch_keep_its_documents_apart() -> None:
+    eos = int(SEQUENCES[1, 2])
+    batch = documents_apart(replace(Batch.of(SEQUENCES), sequence_ids=torch.arange(5) + 10), eos_token_id=eos)
+    shares = [equal_shares(batch, rank=rank, num_ranks=3) for rank in range(3)]
+    assert all(share.separate_documents for share in shares)
+    for name in ("input_ids", "labels", "position_ids", "sequence_ids"):
+        whole = torch.cat([getattr(share, name) for share in shares])
+        assert torch.equal(whole[:5], getattr(batch, name))
+    assert len(whole) == 6
+    assert shares[2].sequence_ids.tolist() == [14, 10]
+    assert (shares[2].labels[1] == -100).all()
+    assert (batch.labels[0] != -100).any()
 
 
 def test_positions_without_a_label_do_not_count(make_llama: MakeLlama) -> None:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill import forward
 from distill.data.batch import Batch
 from distill.data.dataset import documents_apart
-from distill.forward import MASK_BLOCK, SDPA_OR_FLEX, document_mask, forward_inputs
+from distill.flex_attention import MASK_BLOCK
+from distill.forward import SDPA_OR_FLEX, document_mask, forward_inputs, sdpa_or_flex_attention
 from distill.sequence_parallel import ULYSSES
 
 EOS = 0
@@ -82,6 +86,36 @@ def test_an_implementation_without_masks_is_refused(make_llama: Callable[..., Ll
         forward_inputs(_packed([3, 4]), model)
 
 
+def test_a_batch_has_one_mask_for_student_and_teacher(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    student, teacher = (make_llama(seed=seed).eval() for seed in (0, 1))
+    batch, other = _packed([5, 9]), _packed([3, 11])
+    mask = forward_inputs(batch, student)["attention_mask"]
+    assert forward_inputs(batch, teacher)["attention_mask"] is mask
+    assert not torch.equal(forward_inputs(other, student)["attention_mask"], mask)
+    teacher.config.sliding_window = 4
+    assert not torch.equal(forward_inputs(batch, teacher)["attention_mask"], mask)
+    # It goes with the batch.
+    last = weakref.ref(mask)
+    del mask, batch
+    gc.collect()
+    assert last() is None
+
+
+def test_rotated_heads_attend_in_the_values_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the rotation makes queries and keys fp32; FlexAttention takes one type alone."""
+    seen = []
+
+    def attend(*heads: Tensor, **_: object) -> Tensor:
+        seen.extend(tensor.dtype for tensor in heads[:3])
+        return heads[2].transpose(1, 2)
+
+    monkeypatch.setattr(forward, "attend", attend)
+    heads = torch.randn(3, 1, 2, 256, 16)
+    mask = document_mask(_packed([100, 156]).position_ids, flex=True)
+    sdpa_or_flex_attention(nn.Module(), heads[0], heads[1], heads[2].bfloat16(), mask, scaling=0.25, dropout=0.0)
+    assert seen == [torch.bfloat16] * 3
+
+
 @pytest.mark.parametrize("sliding_window", [None, 100, 300])
 @pytest.mark.parametrize("lengths", [[640], [37, 300, 1, 302], [128, 128, 256, 128], [90] * 7])
 def test_the_block_mask_is_the_dense_mask(lengths: list[int], sliding_window: int | None) -> None:
@@ -150,8 +184,28 @@ def test_a_long_block_mask_takes_little_memory() -> None:
     before = torch.cuda.memory_allocated()
     mask = document_mask(positions)
     assert isinstance(mask, BlockMask)
-    # 1,024 x 1,024 blocks; the dense mask would be 17 GB.
-    assert torch.cuda.max_memory_allocated() - before < 200e6
+    # 1,024 x 1,024 blocks in four lists; the dense mask would be 17 GB.
+    assert torch.cuda.max_memory_allocated() - before < 20e6
+
+
+@pytest.mark.gpu
+def test_long_documents_are_kept_apart_under_autocast() -> None:
+    """Rotated heads are fp32 there, the values bf16."""
+    packed = _packed([700, 3, 1_100, 245])
+    batch, dense = packed.to(CUDA), document_mask(packed.position_ids).to(CUDA)
+    weight = torch.randn(1, 2048, 64, generator=torch.Generator().manual_seed(1)).to(CUDA)
+    outputs, gradients = [], []
+    for mask in (None, dense):
+        model = _wide_llama()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            inputs = forward_inputs(batch, model)
+            inputs["attention_mask"] = inputs["attention_mask"] if mask is None else mask
+            outputs.append(model.model(batch.input_ids, use_cache=False, **inputs).last_hidden_state)
+        (outputs[-1] * weight).sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    # bf16 keeps eight bits; two blocks.
+    assert (outputs[0] - outputs[1]).norm() < 2e-2 * outputs[1].norm()
+    assert (gradients[0] - gradients[1]).norm() < 5e-2 * gradients[1].norm()
 
 
 def _wide_llama() -> LlamaForCausalLM:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill import chunked_head
+from distill.chunked_head import TopK
 from distill.data.batch import IGNORE_INDEX
 from distill.logits import Kind
 from distill.losses import head_losses, hidden_cosine, hidden_mse, normalized_mse, token_metrics
@@ -64,9 +65,9 @@ def _plain_losses(tensors: Tensors, temperature: float = 1.0, kind: Kind = "forw
     return values.mean() * temperature**2, lm_loss
 
 
-def _top(tensors: Tensors, k: int = TOP_K) -> tuple[Tensor, Tensor]:
+def _top(tensors: Tensors, k: int = TOP_K) -> TopK:
     top = _logits(tensors, "teacher").log_softmax(-1).topk(k)
-    return top.indices, top.values
+    return TopK(token_ids=top.indices, log_probs=top.values)
 
 
 def _student(tensors: Tensors) -> Tensors:
@@ -114,7 +115,8 @@ def test_head_losses_and_gradients_equal_the_plain_formula(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cached_teacher_is_compared_on_its_tokens_and_the_rest(kind: Kind, lm_weight: float) -> None:
     tensors = _tensors()
-    token_ids, log_p = _top(tensors)
+    top = _top(tensors)
+    token_ids, log_p = top.token_ids, top.log_probs
     # One label among the likeliest tokens, one in the rest: both ways to its gradient.
     tensors["labels"][0] = token_ids[0, 2]
     tensors["labels"][1] = (set(range(VOCAB)) - set(token_ids[1].tolist())).pop()
@@ -128,7 +130,7 @@ def test_a_cached_teacher_is_compared_on_its_tokens_and_the_rest(kind: Kind, lm_
 
     loss, metrics = head_losses(
         **_student(tensors),
-        teacher_top=(token_ids, log_p),
+        teacher_top=top,
         kld_weight=0.7,
         lm_weight=lm_weight,
         divergence=kind,
@@ -138,6 +140,9 @@ def test_a_cached_teacher_is_compared_on_its_tokens_and_the_rest(kind: Kind, lm_
 
     # fp64; the rest's mass comes from a difference in one and from a sum in the other.
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
+    name = {"forward": "kld_top_k", "reverse": "reverse_kld_top_k", "jsd": "jsd_top_k"}[kind]
+    assert metrics.keys() == {name, "lm_loss"}
+    torch.testing.assert_close(metrics[name], divergence.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(metrics["lm_loss"], lm_loss.detach(), rtol=1e-11, atol=1e-12)
     for actual, reference in zip(_gradients(loss, tensors), _gradients(expected, tensors), strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-9, atol=1e-12)
@@ -157,14 +162,13 @@ def test_more_cached_tokens_come_closer_to_the_full_vocabulary_from_below() -> N
 
 def test_a_cache_that_leaves_nothing_out_gives_finite_numbers() -> None:
     tensors = _tensors(torch.float32)
-    token_ids, _ = _top(tensors)
+    token_ids = _top(tensors).token_ids
     # Rounded up by the cache: the tokens' mass is 1.0005.
     log_p = torch.full_like(token_ids, -20.0, dtype=torch.float32)
     log_p[:, 0] = math.log(1.0005)
+    top = TopK(token_ids=token_ids, log_probs=log_p)
     for kind in KINDS:
-        loss, _ = head_losses(
-            **_student(tensors), teacher_top=(token_ids, log_p), kld_weight=1.0, lm_weight=0.0, divergence=kind
-        )
+        loss, _ = head_losses(**_student(tensors), teacher_top=top, kld_weight=1.0, lm_weight=0.0, divergence=kind)
         assert loss.isfinite()
         assert loss > 0
         assert all(gradient.isfinite().all() for gradient in _gradients(loss, tensors))
@@ -208,6 +212,26 @@ def test_no_label_means_no_loss_and_no_gradient(teacher: str) -> None:
     )
     assert loss == 0
     assert all(gradient.count_nonzero() == 0 for gradient in _gradients(loss, tensors))
+
+
+@pytest.mark.parametrize("teacher", ["runs", "cached", "none"])
+def test_no_tokens_mean_no_loss_and_no_gradient(teacher: str) -> None:
+    tensors = _tensors()
+    empty = {name: tensor if name.endswith("head") else tensor[:0] for name, tensor in tensors.items()}
+    signals = {"runs": {name: empty[name] for name in ("teacher_hidden", "teacher_head")}, "none": {}}
+    signals["cached"] = {"teacher_top": _top(tensors).map(lambda tensor: tensor[:0])}  # type: ignore[dict-item]
+    loss, metrics = head_losses(
+        **_student(empty), **signals[teacher], kld_weight=float(teacher != "none"), lm_weight=1.0
+    )
+    assert loss == 0
+    assert all(value == 0 for value in metrics.values())
+    grad_hidden, grad_head = _gradients(loss, empty)
+    assert grad_hidden.shape == (0, HIDDEN)
+    assert grad_head.count_nonzero() == 0
+    found = token_metrics(**_student(empty), **{"teacher_hidden": None, "teacher_head": None, **signals[teacher]})
+    names = {"runs": {"kld", "top1_agreement", "teacher_lm_loss"}, "cached": {"kld_top_k", "top1_agreement"}}
+    assert found.keys() == {"lm_loss"} | names.get(teacher, set())
+    assert all(len(values) == 0 for values in found.values())
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
@@ -333,9 +357,11 @@ def test_token_metrics_beside_a_cached_teacher() -> None:
     full = token_metrics(**tensors, chunk_tokens=5)
     student = (tensors["student_hidden"], tensors["student_head"], None, None, tensors["labels"], 5)
     cached = token_metrics(*student, teacher_top=_top(tensors, VOCAB - 1))
-    assert cached.keys() == {"lm_loss", "kld", "top1_agreement"}
+    assert cached.keys() == {"lm_loss", "kld_top_k", "top1_agreement"}
     for name, values in cached.items():
-        torch.testing.assert_close(values, full[name], rtol=1e-5, atol=1e-7)  # fp32, summed in another order
+        torch.testing.assert_close(
+            values, full[name.removesuffix("_top_k")], rtol=1e-5, atol=1e-7
+        )  # fp32, summed in another order
 
 
 def test_token_metrics_without_a_teacher() -> None:
@@ -365,7 +391,7 @@ def test_hidden_distances_equal_the_library_formulas(dtype: torch.dtype) -> None
     high = (student.double(), teacher.double())
     pairs = (
         (hidden_cosine(student, teacher), (1 - functional.cosine_similarity(*high, dim=-1)).mean()),
-        (hidden_mse(student, teacher), functional.mse_loss(*high) / high[1].square().mean()),
+        (hidden_mse(student, teacher), ((high[0] - high[1]).norm(dim=-1) / high[1].norm(dim=-1)).square().mean()),
     )
     # The gradient is rounded to the data type of the hidden states, of 53, 24 and 8 bits; the value is at least fp32.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
@@ -378,10 +404,25 @@ def test_hidden_distances_equal_the_library_formulas(dtype: torch.dtype) -> None
         torch.testing.assert_close(gradient, reference, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_hidden_cosine_of_parts_adds_up_to_the_step() -> None:
+@pytest.mark.parametrize("distance", [hidden_cosine, hidden_mse])
+def test_hidden_distances_of_parts_add_up_to_the_step(distance: Callable[..., Tensor]) -> None:
     student, teacher = _hidden_pair(torch.float64)
-    parts = sum(hidden_cosine(student[:, s], teacher[:, s], 10) for s in (slice(0, 2), slice(2, 5)))
-    torch.testing.assert_close(parts, hidden_cosine(student, teacher), rtol=1e-12, atol=0)
+    teacher[:, 0] *= 100  # as the first tokens of trained models have it
+    parts = sum(distance(student[:, s], teacher[:, s], 10) for s in (slice(0, 2), slice(2, 5)))
+    whole = distance(student, teacher)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (parts, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+def test_hidden_mse_of_a_zero_target_counts_nothing() -> None:
+    student, teacher = torch.ones(2, 4, requires_grad=True), torch.ones(2, 4)
+    teacher[1] = 0
+    loss = hidden_mse(student + 1, teacher)
+    loss.backward()
+    assert loss == 0.5  # |2 - 1|^2 / |1|^2 of one of two positions
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.tensor([[0.25], [0.0]]).expand(2, 4))
 
 
 def test_hidden_cosine_ignores_scale() -> None:
@@ -427,7 +468,7 @@ def test_compiled_on_a_gpu_the_numbers_are_those_of_fp64(kind: Kind, teacher: st
         )
         signals = {"runs": {"teacher_hidden": other, "teacher_head": other_head}, "none": {}}
         top = (other.double() @ other_head.double().T).log_softmax(-1).topk(8)
-        signals["cached"] = {"teacher_top": (top.indices, top.values.float())}
+        signals["cached"] = {"teacher_top": TopK(token_ids=top.indices, log_probs=top.values.float())}
         loss, _ = head_losses(
             hidden.requires_grad_(),
             head.requires_grad_(),

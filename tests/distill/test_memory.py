@@ -245,7 +245,8 @@ def test_compiled_blocks_and_tiles_give_the_same_gradients(
     _, gradients = loss_and_gradients(changed, tokens)
     assert_close(gradients, expected)
     assert any("scaled_dot_product_attention" in code for code in graphs)
-    assert any("silu" in code for code in graphs)
+    # One for each width and number of tokens in a tile (512 in 20 and 16, 256 in 32), not one per tile.
+    assert sum("silu" in code for code in graphs) == 3
 
 
 @pytest.mark.gpu

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed import checkpoint
 
 from distill import resume
@@ -157,6 +158,31 @@ def test_what_is_written_together_is_a_point_like_any_other(tmp_path: Path) -> N
         point = resume.latest_together(tmp_path)
     assert point is not None
     assert point.step == 2
+
+
+def _load_lacking(directory: Path) -> None:
+    reader = checkpoint.FileSystemReader(directory / "tensors")
+    checkpoint.load({"weight": torch.zeros(4), "lacking": torch.zeros(4)}, storage_reader=reader, no_dist=True)
+
+
+def _load_absent(directory: Path) -> None:
+    load_file(directory / "absent.safetensors")
+
+
+@pytest.mark.parametrize(("load", "said"), [(_load_lacking, "Missing key"), (_load_absent, "No such file")])
+def test_a_point_that_does_not_hold_what_is_asked_for_is_told_of_in_one_line(
+    tmp_path: Path, load: Callable[[Path], None], said: str
+) -> None:
+    def write(partial: Path) -> None:
+        writer = checkpoint.FileSystemWriter(partial / "tensors")
+        checkpoint.save({"weight": torch.zeros(4)}, storage_writer=writer, no_dist=True)
+
+    resume.save_together(tmp_path, 3, write=write, state={})
+    point = resume.latest_together(tmp_path)
+    assert point is not None
+    with pytest.raises(ValueError, match=rf"^resume point .*step_3 could not be loaded: .*{said}.*remove it") as error:
+        resume.load_together(point, load)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("small_files_only")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from distill.chunked_head import TopK
 from distill.config import EngineConfig
 from distill.data.batch import Batch
 from distill.data.dataset import documents_apart
-from distill.teacher import CachedTeacher, Teacher, TopK, resolve_teacher_device
+from distill.teacher import CachedTeacher, Teacher, resolve_teacher_device
 
 CPU = torch.device("cpu")
 BATCH = Batch.of(torch.arange(12).reshape(2, 6))
@@ -63,13 +64,12 @@ def test_teacher_keeps_documents_apart_where_the_batch_does(teacher: Teacher) ->
 class OneSplit:
     """Sequence i has token i everywhere, at log-probability -i - position."""
 
-    vocab_size = 61
     seq_len = 6
 
-    def signal(self, sequence_ids: Tensor, *, device: torch.device) -> TopK:
+    def signal(self, sequence_ids: Tensor, positions: slice, *, device: torch.device) -> TopK:
         ids = sequence_ids[:, None, None].expand(-1, self.seq_len, 1)
         log_probs = -(ids + torch.arange(self.seq_len)[None, :, None]).float()
-        return TopK(token_ids=ids.to(device), log_probs=log_probs.to(device))
+        return TopK(token_ids=ids, log_probs=log_probs).map(lambda tensor: tensor[:, positions].to(device))
 
 
 def test_cached_teacher_goes_by_the_index_of_the_sequence() -> None:
@@ -112,6 +112,17 @@ def test_teacher_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     places = {"same": student, "cpu": CPU, "cuda:1": torch.device("cuda", 1), "cuda:0": student}
     for name, place in places.items():
         assert resolve_teacher_device(EngineConfig(teacher_device=name), student) == place
+
+
+def test_teacher_on_the_cpu_reads_what_is_there(teacher: Teacher) -> None:
+    """A device without values in place of a GPU: nothing can be copied back from it."""
+    away = torch.device("meta")
+    read: list[Tensor] = []
+    teacher.model.model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    signal = teacher.start(BATCH.to(away).rows(1, 2))()
+    assert torch.equal(read[0], BATCH.input_ids[1:])
+    assert signal.hidden.device == away
+    assert signal.head.device == away
 
 
 def _same_signals(teacher: Teacher, place: torch.device, student: torch.device) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from distill.config import ObjectiveConfig, TrainConfig
 from distill.teacher_cache import (
+    FORMAT_VERSION,
     INDEX_NAME,
     CacheIndex,
     ShardRecord,
@@ -76,7 +77,7 @@ def test_unreadable_indices(tmp_path: Path) -> None:
     INDEX.write(tmp_path)
     content = json.loads((tmp_path / INDEX_NAME).read_text())
     (tmp_path / INDEX_NAME).write_text(json.dumps({**content, "format_version": 7}))
-    with pytest.raises(ValueError, match="format version 7, this program reads 1"):
+    with pytest.raises(ValueError, match=f"format version 7, this program reads {FORMAT_VERSION}"):
         CacheIndex.read(tmp_path)
     (tmp_path / INDEX_NAME).write_text(json.dumps({**content, "top_k": "many"}))
     with pytest.raises(ValueError, match=r"cannot be read .*run stage cache_teacher again"):
@@ -121,7 +122,7 @@ def test_tokens_of_the_cache() -> None:
     check_tokens(INDEX, "train", TOKENS.astype(np.int64))
     with pytest.raises(ValueError, match="of 80 train tokens, the data has 79; give the data"):
         check_tokens(INDEX, "train", TOKENS[:79])
-    for changed, sequences in ((3, "0 to 3"), (70, "8 to 9")):
+    for changed, sequences in ((3, "0 to 3"), (40, "4 to 7"), (70, "8 to 9")):
         other = TOKENS.copy()
         other[changed] += 1
         with pytest.raises(ValueError, match=f"of other data: sequences {sequences} of the train split differ"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,18 +11,23 @@ from typing import Any
 import pytest
 
 from distill.config import TrackingConfig
-from distill.tracking import Tracker
+from distill.tracking import SENT_FILE, Tracker
 
 
 class FakeRun:
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.step = step
+
+    @property
+    def rows(self) -> list[tuple[int, dict[str, float]]]:
+        return [argument for name, argument in self.calls if name == "log"]
 
     def define_metric(self, name: str, *, step_metric: str) -> None:
         self.calls.append(("define_metric", (name, step_metric)))
 
-    def log(self, row: dict[str, float]) -> None:
-        self.calls.append(("log", row))
+    def log(self, row: dict[str, float], *, step: int) -> None:
+        self.calls.append(("log", (step, row)))
 
     def finish(self, *, exit_code: int) -> None:
         self.calls.append(("finish", exit_code))
@@ -30,9 +37,10 @@ class FakeRun:
 def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("wandb")
     module.runs, module.settings = [], []  # type: ignore[attr-defined]
+    module.next_step = 0  # type: ignore[attr-defined]
 
     def init(**settings: Any) -> FakeRun:
-        module.runs.append(FakeRun())  # type: ignore[attr-defined]
+        module.runs.append(FakeRun(module.next_step))  # type: ignore[attr-defined]
         module.settings.append(settings)  # type: ignore[attr-defined]
         return module.runs[-1]  # type: ignore[attr-defined]
 
@@ -50,6 +58,7 @@ def _tracker(path: Path, *, wandb: str = "off", step_name: str = "distill_child"
         step_name=step_name,
         stage="distill",
         settings={"seed": 3},
+        resume_dir=path,
     )
 
 
@@ -113,7 +122,36 @@ def test_wandb_gets_the_run_and_every_new_row(tmp_path: Path, wandb: ModuleType)
         "config": {"seed": 3},
     }
     assert expected.items() <= settings.items()
-    assert wandb.runs[0].calls == [("define_metric", ("*", "tokens")), ("log", {"tokens": 8}), ("finish", 0)]
+    assert wandb.runs[0].calls == [("define_metric", ("*", "tokens")), ("log", (1, {"tokens": 8})), ("finish", 0)]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_gets_no_row_twice_after_a_kill(tmp_path: Path, wandb: ModuleType, mode: str) -> None:
+    """The resume point is older than the last rows. Online the server knows them, offline our own file does."""
+    killed = _tracker(tmp_path, wandb=mode)
+    for tokens in (0, 8, 16, 24):
+        killed.log({"tokens": tokens})
+    if mode == "online":
+        (tmp_path / SENT_FILE).unlink()  # on another machine, for example
+        wandb.next_step = 4  # type: ignore[attr-defined]
+    with _tracker(tmp_path, wandb=mode) as tracker:
+        tracker.restore([{"tokens": 0}, {"tokens": 8}])
+        for tokens in (16, 24, 32):
+            tracker.log({"tokens": tokens})
+    first, second = wandb.runs
+    assert first.rows == [(0, {"tokens": 0}), (1, {"tokens": 8}), (2, {"tokens": 16}), (3, {"tokens": 24})]
+    assert second.rows == [(4, {"tokens": 32})]
+    assert _rows(tmp_path) == [{"tokens": tokens} for tokens in (0, 8, 16, 24, 32)]
+
+
+def test_restored_rows_that_wandb_never_had_do_not_count_as_sent(tmp_path: Path, wandb: ModuleType) -> None:
+    """What another run has trained is restored at the start of the first attempt already."""
+    for last in (24, 32):
+        with _tracker(tmp_path, wandb="offline") as tracker:
+            tracker.restore([{"tokens": 0}, {"tokens": 8}])
+            for tokens in range(16, last + 1, 8):
+                tracker.log({"tokens": tokens})
+    assert [row["tokens"] for run in wandb.runs for _, row in run.rows] == [16, 24, 32]
 
 
 def test_wandb_run_ids_are_stable_and_distinct(tmp_path: Path, wandb: ModuleType) -> None:
@@ -133,11 +171,40 @@ def test_a_failed_stage_is_a_failed_wandb_run(tmp_path: Path, wandb: ModuleType)
     assert wandb.runs[0].calls[-1] == ("finish", 1)
 
 
+def _records(file: Path) -> Iterator[bytes]:
+    """Records of an offline run: LevelDB's log format behind a header of 7 bytes."""
+    data = file.read_bytes()
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if 32_768 - position % 32_768 < 7:
+            position += 32_768 - position % 32_768
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, last part
+            yield record
+            record = b""
+
+
 @pytest.mark.slow
-def test_the_real_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wandb_writes_offline_runs_that_follow_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    with _tracker(tmp_path, wandb="offline") as tracker:
-        tracker.log({"tokens": 8, "eval/kld": 0.5})
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    rows = []
+    for first, last in ((0, 3), (2, 5)):
+        with _tracker(tmp_path, wandb="offline") as tracker:
+            tracker.restore([{"tokens": 8 * number} for number in range(first)])
+            for number in range(first, last):
+                tracker.log({"tokens": 8 * number, "eval/kld": 0.5})
+        # Runs that start within one second would share their directory.
+        (directory,) = tmp_path.glob("wandb/offline-run-*")
+        (file,) = directory.rename(tmp_path / f"attempt_{first}").glob("run-*.wandb")
+        for data in _records(file):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                rows.append((int(values["_step"]), int(values["tokens"])))
+    assert rows == [(number, 8 * number) for number in range(5)]

@@ -53,7 +53,8 @@ class Lab:
         tokens_before: int = 0,
     ) -> TrainResult:
         tracking = TrackingConfig()
-        with Tracker(self.metrics_file, tracking, run_name="r", step_name="s", stage="distill", settings={}) as tracker:
+        names = {"run_name": "r", "step_name": "s", "stage": "distill"}
+        with Tracker(self.metrics_file, tracking, **names, settings={}, resume_dir=self.metrics_file.parent) as tracker:
             return train(
                 engine,
                 batches=batches or self.batches,

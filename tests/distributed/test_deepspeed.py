@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from distill import distributed
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig
 from distill.data.batch import Batch
 from distill.engine.base import create_engine
+from distill.engine.deepspeed_engine import read_elements
 from distill.engine.setup import TrainingSetup
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, build_model, save_model
@@ -247,9 +249,30 @@ class CountingProvider(DirectoryProvider):
     def load(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         raise AssertionError("a rank loads the whole model")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: range | None = None) -> Tensor:
         self.reads.append(name)
-        return super().read(name)
+        return super().read(name, rows)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4)])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 16])
+def test_ranks_read_the_rows_of_their_elements_alone(shape: tuple[int, ...], num_ranks: int) -> None:
+    """Together all elements, padded; each rank at most one row more at either end than its elements fill."""
+    whole = torch.arange(1.0, prod(shape) + 1).reshape(shape)
+    size = -(-whole.numel() // num_ranks)
+    read: list[range] = []
+
+    def read_rows(rows: range) -> Tensor:
+        assert 0 <= rows.start < rows.stop <= shape[0]
+        read.append(rows)
+        return whole[rows.start : rows.stop]
+
+    parts = [read_elements(read_rows, shape, start=rank * size, size=size) for rank in range(num_ranks)]
+    assert {len(part) for part in parts} == {size}
+    assert torch.equal(torch.cat(parts)[: whole.numel()], whole.flatten())
+    assert not torch.cat(parts)[whole.numel() :].any()
+    row_size = prod(shape[1:])
+    assert all(len(rows) * row_size < size + 2 * row_size for rows in read)
 
 
 def build_and_export(student: Path, out: Path) -> list[str]:

@@ -2,148 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from distill import distributed
-from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, RopeConfig
+from distill.chunked_head import TopK
+from distill.config import ObjectiveConfig, RopeConfig
 from distill.data.batch import IGNORE_INDEX, Batch
-from distill.engine.base import Engine, create_engine
 from distill.engine.setup import TrainingSetup
-from distill.teacher import TopK
-from puzzle.model.architecture import (
-    NO_ATTENTION,
-    NO_FFN,
-    Architecture,
-    AttentionConfig,
-    BlockConfig,
-    FFNConfig,
-    dense_blocks,
-)
-from puzzle.model.checkpoint import build_model, load_model, save_model
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import load_model
 from puzzle.model.provider import DirectoryProvider
-from tests.distributed import megatron_cpu
 from tests.distributed.conftest import RunInProcesses
+from tests.distributed.megatron_models import (
+    BATCH_SIZE,
+    NUM_STEPS,
+    SEQ_LEN,
+    Models,
+    in_process,
+    make_engine,
+    save_models,
+    save_seeded,
+    student_blocks,
+    tokens,
+    train_steps,
+)
 
 pytest.importorskip("megatron.core")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stands in for CUDA where there is none")
 
-SEQ_LEN = 32
-BATCH_SIZE = 4
-NUM_STEPS = 20
-LAYER_MAP = (0, 1, 3, 4, 5)
-OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, grad_clip=1.0)
-KD = ObjectiveConfig(kld=1.0, hidden_cosine=0.5, hidden_mse=0.25, lm=0.5, temperature=2.0, chunk_tokens=48)
-SPLIT = {"tensor": (2, 1), "pipeline": (1, 2), "data": (1, 1)}
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 """Relative, and absolute in nats or in weights. Sums of fp32 in another order differ by 1e-7 of their size; AdamW's
 division by the root of a small second moment enlarges that over 20 steps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """Directories of a teacher and a student."""
-
-    teacher: Path
-    student: Path
-
-    def setup(self, objective: ObjectiveConfig = KD) -> TrainingSetup:
-        teacher = DirectoryProvider(self.teacher) if objective.needs_teacher else None
-        layer_map = LAYER_MAP if objective.compares_hidden else ()
-        return TrainingSetup(
-            student=DirectoryProvider(self.student), objective=objective, teacher=teacher, layer_map=layer_map
-        )
-
-
-def _student_blocks() -> tuple[BlockConfig, ...]:
-    """Of the teacher's six: one kept, one without attention, two fused, two replaced by linear layers."""
-    return (
-        BlockConfig(attention=AttentionConfig(num_kv_heads=2), ffn=FFNConfig(ffn_dim=512), parent_block_indices=(0,)),
-        BlockConfig(attention=NO_ATTENTION, ffn=NO_FFN, parent_block_indices=(1,)),
-        BlockConfig(attention=NO_ATTENTION, ffn=FFNConfig(ffn_dim=1024), parent_block_indices=(2, 3)),
-        BlockConfig(attention=AttentionConfig(kind="linear"), ffn=FFNConfig(ffn_dim=256), parent_block_indices=(4,)),
-        BlockConfig(attention=AttentionConfig(num_kv_heads=1), ffn=FFNConfig(kind="linear"), parent_block_indices=(5,)),
-    )
-
-
-def _save(architecture: Architecture, directory: Path, *, seed: int) -> Path:
-    model = build_model(architecture, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms that are not one, so that a wrong one shows
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.mul_(3)  # logits of a trained model's size
-    save_model(model, directory, architecture=architecture, tokenizer_from=None)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def models(pico_architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Models]:
     """Teacher and student with and without tied embeddings."""
-    found = {}
-    for name in ("untied", "tied"):
-        like = replace(pico_architecture, tie_embeddings=name == "tied")
-        directory = tmp_path_factory.mktemp(name)
-        found[name] = Models(
-            teacher=_save(like.with_blocks(dense_blocks(6, 2, 512)), directory / "teacher", seed=0),
-            student=_save(like.with_blocks(_student_blocks()), directory / "student", seed=1),
-        )
-    return found
-
-
-def _tokens(num: int, *, seed: int) -> Tensor:
-    return torch.randint(0, 320, (num, SEQ_LEN), generator=torch.Generator().manual_seed(seed))
-
-
-def _engine(setup: TrainingSetup, split: str | None, **options: Any) -> Engine:
-    """The reference engine on the CPU, or megatron's; one sequence to a micro-batch."""
-    options = {"micro_batch_tokens": SEQ_LEN, **options}
-    if split is None:
-        config = EngineConfig(device="cpu", **options)
-    else:
-        tensor, pipeline = SPLIT[split]
-        config = EngineConfig(name="megatron", tensor_parallel=tensor, pipeline_parallel=pipeline, **options)
-    return create_engine(setup, optim=OPTIM, engine=config, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
-
-
-def _steps(engine: Engine, first: int, end: int) -> list[dict[str, float]]:
-    share = BATCH_SIZE // engine.num_data_ranks
-    rows = range(engine.data_rank * share, (engine.data_rank + 1) * share)
-    found = []
-    for step in range(first, end):
-        batch = Batch.of(_tokens(BATCH_SIZE, seed=step)).rows(rows.start, rows.stop)
-        metrics = engine.step(batch, lr=1e-3 * (step + 1) / NUM_STEPS)
-        found.append({name: float(value) for name, value in metrics.items()})
-    return found
+    return save_models(pico_architecture, tmp_path_factory.mktemp("models"))
 
 
 def _train(setup: TrainingSetup, split: str | None, out: Path, **options: Any) -> tuple[list, dict, dict]:
     """Metrics of the steps and held-out metrics before and after them; the student goes to ``out``."""
-    engine = _engine(setup, split, **options)
-    before = engine.evaluate(_tokens(5, seed=99))
-    metrics = _steps(engine, 0, NUM_STEPS)
-    after = engine.evaluate(_tokens(5, seed=99))
+    engine = make_engine(setup, split, **options)
+    before = engine.evaluate(tokens(5, seed=99))
+    metrics = train_steps(engine, 0, NUM_STEPS)
+    after = engine.evaluate(tokens(5, seed=99))
     engine.export(out)
     return metrics, before, after
 
 
-def _process(function: Callable, *arguments: Any, **options: Any) -> Any:
-    megatron_cpu.install()
-    distributed.join()
-    with distributed.together():
-        return function(*arguments, **options)
-
-
 def _train_in_process(setup: TrainingSetup, split: str, out: Path, options: dict[str, Any]) -> tuple[list, dict, dict]:
-    return _process(_train, setup, split, out, **options)
+    return in_process(_train, setup, split, out, **options)
 
 
 def _assert_close(found: list[dict[str, float]], expected: list[dict[str, float]], rtol: float = 2e-4) -> None:
@@ -175,17 +90,17 @@ def test_kd_equals_the_reference_engine(
 
 def _resume_in_process(setup: TrainingSetup, state: Path) -> dict[str, Any]:
     def run() -> dict[str, Any]:
-        engine = _engine(setup, "tensor", recompute=True)
-        found: dict[str, Any] = {"first": _steps(engine, 0, 10)}
+        engine = make_engine(setup, "tensor", recompute=True)
+        found: dict[str, Any] = {"first": train_steps(engine, 0, 10)}
         engine.save(state)
-        found["on"] = _steps(engine, 10, 13)
+        found["on"] = train_steps(engine, 10, 13)
         for split in ("tensor", "pipeline"):
-            resumed = _engine(setup, split)
+            resumed = make_engine(setup, split)
             resumed.load(state)
-            found[split] = _steps(resumed, 10, 13 if split == "tensor" else NUM_STEPS)
+            found[split] = train_steps(resumed, 10, 13 if split == "tensor" else NUM_STEPS)
         return found
 
-    return _process(run)
+    return in_process(run)
 
 
 @on_cpu
@@ -201,25 +116,51 @@ def test_a_run_goes_on_at_the_same_and_at_another_layout(
         _assert_close(found["pipeline"], expected[10:])
 
 
+def _overlapping_in_process(setup: TrainingSetup, split: str, out: Path) -> tuple[list, dict, dict]:
+    def run() -> tuple[list, dict, dict]:
+        from distill.engine import megatron_engine, megatron_state
+
+        with (
+            mock.patch.object(megatron_engine, "_overlaps", return_value=True),
+            mock.patch.object(megatron_state, "BUCKET_PARAMETERS", 10_000),
+        ):
+            return _train(setup, split, out)
+
+    return in_process(run)
+
+
+@on_cpu
+@pytest.mark.parametrize(("kind", "split"), [("untied", "data"), ("tied", "pipeline")])
+def test_messages_beside_the_computation_change_nothing(
+    models: dict[str, Models], kind: str, split: str, run_in_processes: RunInProcesses, tmp_path: Path
+) -> None:
+    setup = models[kind].setup()
+    expected, before, after = _train(setup, None, tmp_path / "reference")
+    for metrics, *evaluations in run_in_processes(2, _overlapping_in_process, setup, split, tmp_path / "out"):
+        _assert_close(metrics, expected)
+        _assert_close(evaluations, [before, after])
+    _assert_same_model(tmp_path / "out", tmp_path / "reference", **TOLERANCE)
+
+
 def _round_trip_in_process(directories: list[Path], out: Path) -> list[dict[str, float]]:
     def run() -> list[dict[str, float]]:
         found = []
         for split in ("tensor", "pipeline"):
             for directory in directories:
                 setup = TrainingSetup(student=DirectoryProvider(directory), objective=ObjectiveConfig(lm=1.0))
-                engine = _engine(setup, split)
-                found.append(engine.evaluate(_tokens(3, seed=5)))
+                engine = make_engine(setup, split)
+                found.append(engine.evaluate(tokens(3, seed=5)))
                 engine.export(out / split / directory.name)
         return found
 
-    return _process(run)
+    return in_process(run)
 
 
 @on_cpu
 def test_weights_come_back_as_they_were_whatever_the_architecture(
     pico_architecture: Architecture, run_in_processes: RunInProcesses, tmp_path: Path
 ) -> None:
-    student = pico_architecture.with_blocks(_student_blocks())
+    student = pico_architecture.with_blocks(student_blocks())
     llama3 = RopeConfig(
         theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16
     )
@@ -230,11 +171,11 @@ def test_weights_come_back_as_they_were_whatever_the_architecture(
         "qwen": replace(student, qkv_bias=True, qk_norm=True, tie_embeddings=True),
         "mistral": replace(student, sliding_window=7, head_dim=32),
     }
-    directories = [_save(kind, tmp_path / name, seed=2) for name, kind in kinds.items()]
+    directories = [save_seeded(kind, tmp_path / name, seed=2) for name, kind in kinds.items()]
     expected = []
     for directory in directories:
         setup = TrainingSetup(student=DirectoryProvider(directory), objective=ObjectiveConfig(lm=1.0))
-        expected.append(_engine(setup, None).evaluate(_tokens(3, seed=5)))
+        expected.append(make_engine(setup, None).evaluate(tokens(3, seed=5)))
     for found in run_in_processes(2, _round_trip_in_process, directories, tmp_path / "out"):
         _assert_close(found, 2 * expected, rtol=1e-5)
     for split in ("tensor", "pipeline"):
@@ -247,13 +188,13 @@ class _Store:
 
     vocab_size = 320
 
-    def signal(self, sequence_ids: Tensor, *, device: torch.device) -> TopK:
+    def signal(self, sequence_ids: Tensor, positions: slice, *, device: torch.device) -> TopK:
         ids, log_probs = [], []
         for index in sequence_ids.tolist():
             logits = torch.randn(SEQ_LEN, self.vocab_size, generator=torch.Generator().manual_seed(index)) * 4
             top = logits.log_softmax(-1).topk(6)
-            ids.append(top.indices)
-            log_probs.append(top.values)
+            ids.append(top.indices[positions])
+            log_probs.append(top.values[positions])
         return TopK(token_ids=torch.stack(ids).to(device), log_probs=torch.stack(log_probs).to(device))
 
 
@@ -269,10 +210,10 @@ def test_stored_signals_and_separate_documents_under_tensor_parallel(
 
 
 def _packed_steps(setup: TrainingSetup, split: str | None) -> list[dict[str, float]]:
-    engine = _engine(setup, split)
+    engine = make_engine(setup, split)
     starts = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.long)
     starts[:, 11], starts[1, 20] = 11, 20
-    batch = Batch.of(_tokens(BATCH_SIZE, seed=0))
+    batch = Batch.of(tokens(BATCH_SIZE, seed=0))
     labels = batch.labels.clone()
     labels[:, 10], labels[1, 19] = IGNORE_INDEX, IGNORE_INDEX
     positions = batch.position_ids - starts.cummax(1).values
@@ -282,13 +223,13 @@ def _packed_steps(setup: TrainingSetup, split: str | None) -> list[dict[str, flo
 
 
 def _packed_in_process(setup: TrainingSetup) -> list[dict[str, float]]:
-    return _process(_packed_steps, setup, "tensor")
+    return in_process(_packed_steps, setup, "tensor")
 
 
 @on_cpu
 def test_without_cuda_devices_the_engine_names_the_way_out(models: dict[str, Models]) -> None:
     with pytest.raises(ValueError, match=r"engine.name=megatron needs CUDA devices.*engine.name=torch or deepspeed"):
-        _engine(models["untied"].setup(), "tensor")
+        make_engine(models["untied"].setup(), "tensor")
 
 
 @pytest.mark.gpu

@@ -6,10 +6,13 @@ import contextlib
 import io
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import distributed as torch_distributed
 
 from distill import distributed
 from distill.config import EngineConfig
@@ -37,10 +40,23 @@ def body(config: SeedAndEngine, inputs: Inputs, context: StageContext) -> StageR
         raise OSError(28, "No space left on device")
     if config.seed == 20 + rank:
         os._exit(9)
+    if config.seed == 30 + rank:
+        assert distributed.world_size() == 2
+        _wait_for_a_message_that_never_comes()
+    if config.seed == 30 + 1 - rank:
+        torch_distributed.distributed_c10d._get_default_store().wait(["over"])
     places = distributed.gather_objects((str(context.out), str(context.resume), str(context.pool)))
     assert len(set(places)) == 1
     assert all((context.out / f"rank{other}.txt").is_file() for other in range(len(places)))
     return StageResult(headline=f"{len(places)} processes")
+
+
+def _wait_for_a_message_that_never_comes() -> None:
+    try:
+        with distributed.limited(timedelta(seconds=1)):
+            distributed.all_reduce_sum(torch.zeros(1))
+    finally:
+        torch_distributed.distributed_c10d._get_default_store().set("over", "")
 
 
 def body_alone(config: SeedAndEngine, inputs: Inputs, context: StageContext) -> StageResult:
@@ -109,6 +125,14 @@ def test_a_process_that_is_killed_is_missed(tmp_path: Path, run_in_processes: Ru
     assert second is None
     assert first[0] == 2
     assert "process 0 of 2 has lost another one, which ended without a word" in first[2]
+    assert committed(tmp_path) == []
+
+
+def test_a_process_that_hangs_is_given_up(tmp_path: Path, run_in_processes: RunInProcesses) -> None:
+    first, second = run_in_processes(2, run_main, [*arguments(tmp_path, "all")[:2], "seed=30"])
+    assert "process 0 of 2 has waited too long for another one, which hangs" in first[2]
+    assert "goes on from the last resume point" in first[2]
+    assert (first[0], second[0], second[2]) == (2, 2, "")
     assert committed(tmp_path) == []
 
 

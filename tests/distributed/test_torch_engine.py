@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import distributed
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrainConfig
@@ -193,6 +193,58 @@ def _train_together_until(*arguments: Any) -> None:
     distributed.join()
     with distributed.together():
         _train_until(*arguments)
+
+
+@pytest.mark.parametrize("layout", [{}, {"shard": True}], ids=["ddp", "fsdp"])
+def test_a_run_without_a_term_on_the_logits_goes_on(
+    models: Models, tmp_path: Path, run_in_processes: RunInProcesses, layout: dict[str, Any]
+) -> None:
+    """A head of its own has no gradient then, and stays as it is."""
+    models = replace(models, objective=ObjectiveConfig(hidden_cosine=1.0))
+    _train_until(models, tmp_path / "uninterrupted", -1, {}, tmp_path / "expected")
+    resume_dir, out = tmp_path / "resume", tmp_path / "out"
+    run_in_processes(2, _train_together_until, models, resume_dir, 7, layout, out)
+    run_in_processes(2, _train_together_until, models, resume_dir, -1, layout, out)
+    _assert_close(out, _weights(tmp_path / "expected"))
+    assert torch.equal(_weights(out)["lm_head.weight"], _weights(models.student)["lm_head.weight"])
+
+
+class NotingProvider(DirectoryProvider):
+    """Notes how many bytes are read of each tensor, and refuses to load a whole model."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.num_bytes: dict[str, int] = {}
+
+    def load(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        raise AssertionError("a rank loads the whole model")
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        tensor = super().read(name, rows)
+        self.num_bytes[name] = tensor.nbytes
+        return tensor
+
+
+def _read_sharded(student: Path, out: Path) -> dict[str, int]:
+    distributed.join()
+    with distributed.together():
+        provider = NotingProvider(student)
+        setup = TrainingSetup(student=provider, objective=ObjectiveConfig(lm=1.0))
+        config = EngineConfig(device="cpu", shard=True)
+        runner = create_engine(setup, optim=OPTIM, engine=config, batch_size=distributed.world_size(), seq_len=SEQ_LEN)
+        runner.export(out)
+    return provider.num_bytes
+
+
+def test_a_sharded_student_is_read_once_by_all_ranks_together(
+    models: Models, tmp_path: Path, run_in_processes: RunInProcesses
+) -> None:
+    """Three ranks: some tensors do not come out even."""
+    by_rank = run_in_processes(3, _read_sharded, models.student, tmp_path / "out")
+    found, expected = _weights(tmp_path / "out"), _weights(models.student)
+    for name, tensor in expected.items():
+        assert sum(rank[name] for rank in by_rank) == tensor.nbytes, name
+        assert torch.equal(found[name], tensor), name
 
 
 def test_a_run_goes_on_under_another_layout(models: Models, tmp_path: Path, run_in_processes: RunInProcesses) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+from distill import sequence_parallel
 from distill.data.batch import IGNORE_INDEX, Batch
 from distill.forward import document_mask
 from distill.sequence_parallel import use_ulysses, whole_sequence
@@ -125,6 +126,47 @@ def test_kv_heads_that_the_ranks_do_not_divide(
     architecture = replace(heterogeneous_architecture, num_heads=6, blocks=tuple(blocks))
     by_rank = run_in_processes(3, summed_over_parts, architecture, False)
     assert_equal_to_one_process(architecture, by_rank, tolerance=TOLERANCE)
+
+
+def under_autocast(architecture: Architecture) -> tuple[Gradients, set[torch.dtype]]:
+    """In one of two processes: loss and gradients summed over both, and what travelled between them."""
+    distributed.init_process_group("gloo")
+    group = distributed.group.WORLD
+    model = build_model(architecture, seed=0)
+    use_ulysses(model, group)
+    part = sequences(architecture.vocab_size).sequence_part(group.rank(), group.size())
+    sent, exchange = set[torch.dtype](), distributed.all_to_all_single
+
+    def noted(received: Tensor, tensor: Tensor, **options: object) -> None:
+        sent.add(tensor.dtype)
+        exchange(received, tensor, **options)
+
+    sequence_parallel.distributed.all_to_all_single = noted
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = gradients(model, part, None)
+    finally:
+        sequence_parallel.distributed.all_to_all_single = exchange
+    for tensor in found.values():
+        distributed.all_reduce(tensor)
+    distributed.destroy_process_group()
+    return {name: tensor.numpy() for name, tensor in found.items()}, sent
+
+
+def test_under_autocast_heads_travel_in_bf16(
+    heterogeneous_architecture: Architecture, run_in_processes: RunInProcesses
+) -> None:
+    """The rotated ones are fp32 before. Attention would cast them: the result is that of one process."""
+    model = build_model(heterogeneous_architecture, seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = gradients(model, sequences(heterogeneous_architecture.vocab_size), None)
+    for found, sent in run_in_processes(2, under_autocast, heterogeneous_architecture):
+        assert sent == {torch.bfloat16}
+        assert found["loss"] == pytest.approx(float(expected["loss"]), rel=1e-3)
+        for name, values in found.items():
+            error = (torch.from_numpy(values) - expected[name]).norm() / expected[name].norm()
+            # Each product of a part is rounded to bf16, eight bits, before the sum over the parts.
+            assert error < 2e-2, f"{name}: {error}"
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from distill.chunked_head import TopK
 from distill.data.batch import IGNORE_INDEX
 from distill.distributed import join, leave, together
 from distill.losses import head_losses, token_metrics
@@ -39,9 +40,9 @@ def _tensors() -> dict[str, Tensor]:
     }
 
 
-def _top(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _top(tensors: dict[str, Tensor]) -> TopK:
     top = (tensors["teacher_hidden"] @ tensors["teacher_head"].T).log_softmax(-1).topk(TOP_K)
-    return top.indices, top.values
+    return TopK(token_ids=top.indices, log_probs=top.values)
 
 
 def _train(tensors: dict[str, Tensor], group: Any, options: dict[str, Any], cached: bool) -> tuple[Any, ...]:

@@ -117,6 +117,7 @@ def distill(
     settings = settings or settings_of()
     directory.mkdir(exist_ok=True)
     tracking = {"run_name": "run", "step_name": "step", "stage": "distill_groups", "settings": {}}
+    tracking |= {"resume_dir": directory}
     with Tracker(directory / "metrics.jsonl", TrackingConfig(), **tracking) as tracker:
         return distill_groups(
             ParentSlice.whole(load_model(child, dtype=resolve_dtype(settings.engine))),

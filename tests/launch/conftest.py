@@ -258,6 +258,22 @@ def evaluate_file(lm_loss: Mapping[str, float]) -> dict[str, Any]:
     return {"models": models, "num_tokens": 8192, "seq_len": 256, "retrieval_chance_frac": 1 / 16}
 
 
+def extension_metrics() -> dict[str, Any]:
+    """Of stage extend_context: two phases, each of which reaches further back."""
+
+    def by_length(reach: int) -> dict[str, dict[str, float | None]]:
+        return {
+            str(length): {"lm_loss": 3.7, "retrieval_accuracy_frac": 0.75 if length <= reach else 0.125}
+            for length in (256, 512, 1024)
+        }
+
+    return {
+        "before": {"by_length": by_length(256)},
+        "phases": [{"seq_len": length, "by_length": by_length(length)} for length in (512, 1024)],
+        "retrieval_chance_frac": 1 / 16,
+    }
+
+
 def benchmark_file() -> dict[str, Any]:
     models = {
         name: {
@@ -364,6 +380,7 @@ def full_run(root: Path) -> SyntheticRun:
         model_files(fused_model(), **{"metrics.jsonl": metrics_file(3.7, 3.62, 400_000, 100_000)}),
         {"student": "distilled", "data": "data"},
         tokens={**distilled, "extend_context": 100_000},
+        metrics=extension_metrics(),
     )
     models = {name: name for name in LM_LOSS}
     run.step("evaluation", "evaluate", "report", {"evaluate.json": evaluate_file(LM_LOSS)}, {**models, "data": "data"})

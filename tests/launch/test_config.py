@@ -75,7 +75,7 @@ def test_an_engine_names_every_setting(name: str) -> None:
         (
             ExtendContextStage,
             ["engine.sequence_parallel=2", "extend_context.phases=[{seq_len: 1023, max_tokens: 9999, batch_size: 1}]"],
-            r"extend_context.phases\[0\].seq_len=1023 does not divide; .*seq_len=1022 or 1024",
+            r"extend_context.phases.0.seq_len=1023 does not divide; .*seq_len=1022 or 1024",
         ),
         (DistillStage, ["engine=megatron", "engine.pipeline_parallel=2"], r"needs a multiple of 4 processes, got 2"),
     ],
@@ -125,6 +125,10 @@ def test_stage_and_pipeline_names_are_disjoint() -> None:
         (["engine.tensor_parallel=2"], "engine.tensor_parallel=2 and engine.pipeline_parallel=1 are megatron's"),
         (["engine=megatron", "engine.compile=true"], "engine.compile=true is no option of engine.name=megatron"),
         (["engine=deepspeed_zero2", "engine.offload_activations=true"], "set engine.recompute=true"),
+        (
+            ["engine=torch_fsdp", "engine.recompute=true", "engine.offload_activations=true"],
+            "engine.offload_activations=true moves the blocks' inputs to CPU memory, but to compare hidden states",
+        ),
         (["engine.name=torhc"], 'wrong value type for field "engine.name"'),
         (["objective.kld=0", "objective.hidden_cosine=0"], "objective has no term"),
     ],

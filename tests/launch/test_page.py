@@ -112,6 +112,18 @@ def test_searches_stand_side_by_side_and_costs_by_source(page: str) -> None:
     assert "Difference from measured, median over variants: analytic 20.0% in decode, 20.0% in prefill." in words
 
 
+def test_every_phase_of_a_context_extension_has_its_row(page: str) -> None:
+    words = text_of(page)
+
+    assert "What each phase of extended brought." in words
+    for row in (
+        "before 3.700 3.700 3.700 75.0% 12.5% 12.5%",
+        "phase 1, 512 tokens 3.700 3.700 3.700 75.0% 75.0% 12.5%",
+    ):
+        assert row in words
+    assert "phase 2, 1,024 tokens 3.700 3.700 3.700 75.0% 75.0% 75.0%" in words
+
+
 def test_recovery_is_defined_by_the_models_that_it_compares(page: str) -> None:
     words = " ".join(re.sub(r"<[^>]+>", "", page).replace("\N{MINUS SIGN}", "-").split())
 

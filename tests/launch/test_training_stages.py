@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -28,8 +28,8 @@ from distill.config import (
     RopeConfig,
     TrainConfig,
 )
-from distill.data.batch import Batch
-from distill.data.dataset import Batches
+from distill.data.batch import IGNORE_INDEX, Batch
+from distill.data.dataset import Batches, TokenDataset, TokenSplit
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
 from distill.teacher_cache import TeacherCacheConfig
 from launch import training
@@ -292,12 +292,25 @@ def test_signals_teach_as_the_teacher_that_they_are_of(
     expected = distill.run(config, inputs, online)
     for name, value in expected.metrics["end"].items():
         # fp16 log-probabilities: 11 bits of values up to about 10.
-        assert result.metrics["end"][name] == pytest.approx(value, abs=5e-3), name
+        found = result.metrics["end"]["kld_top_k" if name == "kld" else name]
+        assert found == pytest.approx(value, abs=5e-3), name
+    assert result.headline.startswith(f"KLD (top k) {result.metrics['start']['kld_top_k']:.2f} -> ")
     assert result.metrics["teacher"]["lm_loss"] == pytest.approx(expected.metrics["teacher"]["lm_loss"], abs=1e-4)
     with pytest.raises(ValueError, match=r"either inputs.teacher=.* or inputs.signals=.* got .* and inputs.signals"):
         distill.run(config, {**given, "teacher": teacher}, _context(tmp_path / "both"))
     with pytest.raises(ValueError, match=r"objective.hidden_cosine=1.0 compares hidden states"):
         distill.run(DISTILL, given, _context(tmp_path / "hidden"))
+
+
+def test_held_out_documents_are_apart_where_those_of_the_training_are(data: Artifact) -> None:
+    dataset = replace(TokenDataset.open(data.path), eos_token_id=3)
+    for separate in (True, False):
+        budget = replace(DISTILL.distill, separate_documents=separate)
+        held_out = training.training_data(dataset, budget, seed=0, node="distill").held_out
+        ends = held_out.input_ids == 3
+        assert ends.any()
+        assert held_out.separate_documents is separate
+        assert bool((held_out.labels[ends] == IGNORE_INDEX).all()) is separate
 
 
 # SIGKILL
@@ -316,7 +329,7 @@ def run_until_killed(root: str, moment: str, *inputs: str) -> None:
         batch = Batches.batch
         Batches.batch = lambda self, step, *ranks: wait() if step == 13 else batch(self, step, *ranks)  # type: ignore[method-assign]
     else:
-        resume._fsync = lambda path: wait() if path.parent.name == "step_12.tmp" else None
+        resume.flush_to_disk = lambda path: wait() if path.parent.name == "step_12.tmp" else None
     artifacts = dict(argument.split("=", 1) for argument in inputs)
     distill.run(DISTILL, {name: Artifact.load(Path(path)) for name, path in artifacts.items()}, _context(Path(root)))
 
@@ -451,6 +464,77 @@ def test_finished_phases_are_not_repeated(
     assert result.tokens == 512 + 2048
     assert _weights_sha256(interrupted) == _weights_sha256(reference)
     assert [row["tokens"] for row in _curve(interrupted)] == [row["tokens"] for row in _curve(reference)]
+
+
+def test_every_phase_is_probed_by_length(student: Artifact, data: Artifact, context: StageContext) -> None:
+    """A probe before the phases and after each, once, also where the run is resumed."""
+    extend = replace(EXTEND.extend_context, lengths=(256, 512), num_needles=2)
+    config, inputs = replace(EXTEND, extend_context=extend), {"student": student, "data": data}
+    result = _extend(config, inputs, context)
+    tables = [result.metrics["before"]["by_length"], *(phase["by_length"] for phase in result.metrics["phases"])]
+    # Of the student's 256 positions only the last phase makes 512.
+    assert [table["512"]["lm_loss"] is None for table in tables] == [True, True, False]
+    assert tables[0]["256"]["lm_loss"] > tables[2]["256"]["lm_loss"] > 0
+    assert all(0 <= table["256"]["retrieval_accuracy_frac"] <= 1 for table in tables)
+    rows = [row for row in _curve(context) if "length_256/lm_loss" in row]
+    assert [row["tokens"] for row in rows] == [100, 612, 2660]
+    assert [row["length_256/lm_loss"] for row in rows] == [table["256"]["lm_loss"] for table in tables]
+    before = _curve(context)
+    shutil.rmtree(context.out)
+    assert _extend(config, inputs, _context(context.out.parent)).metrics == result.metrics
+    assert _curve(context) == before
+
+
+def test_a_phase_trains_on_what_the_earlier_ones_left(
+    student: Artifact, data: Artifact, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, set[int]] = {32: set(), 512: set()}
+    sequences = TokenSplit.sequences
+    train = np.load(data.path / "train.npy")
+
+    def recording(self: TokenSplit, seq_len: int, indices: Sequence[int]) -> torch.Tensor:
+        found = sequences(self, seq_len, indices)
+        if self.name == "train":
+            first = len(train) - len(self.tokens)
+            seen[seq_len] |= {first + index * seq_len + i for index in indices for i in range(seq_len)}
+        return found
+
+    monkeypatch.setattr(TokenSplit, "sequences", recording)
+    _extend(EXTEND, {"student": student, "data": data}, context)
+    assert len(seen[32]) == 512
+    assert len(seen[512]) == 2048
+    assert max(seen[32]) < min(seen[512])
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_extend_context_says_what_earlier_phases_leave(
+    student: Artifact, context: StageContext, pico_parent_dir: Path
+) -> None:
+    short = write_data(context.out.parent / "short", pico_parent_dir, train_tokens=2304)
+    message = (
+        r"extend_context.phases.1.max_tokens=2048 is beyond the data: 3 sequences of 512 tokens that the 512 tokens of "
+        r"earlier phases leave .* extend_context.phases.1.data_end=repeat .* raise data.train_tokens to 2560"
+    )
+    with pytest.raises(ValueError, match=message):
+        _extend(EXTEND, {"student": student, "data": short}, context)
+
+
+def test_a_phase_that_is_shorter_than_a_step_is_refused_in_its_name() -> None:
+    with pytest.raises(ValueError, match=r"extend_context.phases.1: max_tokens=100 is less than one step"):
+        ExtendContextConfig(
+            phases=(EXTEND.extend_context.phases[0], PhaseConfig(seq_len=512, max_tokens=100, batch_size=1))
+        )
+    with pytest.raises(ValueError, match=r"extend_context.lengths must be in 2..512 .* got \[1024\]"):
+        replace(EXTEND.extend_context, lengths=(1024,))
+
+
+def test_a_teacher_that_the_objective_does_not_need_is_what_the_student_is_held_against(
+    inputs: dict[str, Artifact], context: StageContext
+) -> None:
+    result = _extend(replace(EXTEND, extend_context=SHORT_PHASES), inputs, context)
+    (phase,) = result.metrics["phases"]
+    assert {"lm_loss", "kld", "top1_agreement_frac"} == phase["end"].keys()
+    assert phase["teacher"]["lm_loss"] > 0
 
 
 @pytest.mark.usefixtures("_no_weights")

@@ -77,6 +77,7 @@ def build(
         for index in range(4)
     )
     tracking = {"run_name": "run", "step_name": "step", "stage": "build_library", "settings": {}}
+    tracking |= {"resume_dir": directory}
     library = BlockLibrary.create(directory / "library", architecture, variants, dtype=torch.float32, mode=mode)
     with (
         TensorReader(parent_dir) as reader,

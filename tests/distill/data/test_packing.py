@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from distill.config import DataConfig, SourceConfig
 from distill.data.packing import pack, training_texts, unigram_entropy
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
 
+HELD_OUT = ("validation", "calibration")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
 
 
@@ -172,3 +176,63 @@ def test_held_out_tokens_do_not_depend_on_the_train_budget(rows: Path, tmp_path:
         _prepare(_config(rows, train_tokens=train_tokens), tmp_path / name)
     for split in ("validation", "calibration"):
         assert (tmp_path / "small" / f"{split}.npy").read_bytes() == (tmp_path / "large" / f"{split}.npy").read_bytes()
+
+
+def _write_prose(path: Path, num_paragraphs: int, *, mark: str) -> None:
+    """Paragraphs that say where they are from, several to a cut document."""
+    rng = random.Random(mark)
+    paragraphs = (f"{mark} {i} " + " ".join(rng.choices(WORDS, k=300)) + "\n\n" for i in range(num_paragraphs))
+    path.write_text("".join(paragraphs))
+
+
+def _marks(out: Path, split: str) -> list[tuple[str, int]]:
+    """File and number of every paragraph in a split, in order."""
+    text = load_tokenizer(out).decode(np.load(out / f"{split}.npy", allow_pickle=False).tolist())
+    return [(name, int(number)) for name, number in re.findall(r"(file\w*) (\d+) ", text)]
+
+
+def test_a_file_is_held_out_whole(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for index in range(60):
+        _write_prose(files / f"{index:02d}.txt", 12, mark=f"file{index:02d}x")
+    budgets = {"train_tokens": 250_000, "validation_tokens": 25_000, "calibration_tokens": 25_000}
+    _prepare(_config(files, **budgets), tmp_path / "out")
+    names = {split: {name for name, _ in _marks(tmp_path / "out", split)} for split in ("train", *HELD_OUT)}
+    assert min(map(len, names.values())) > 1
+    assert not names["train"] & (names["validation"] | names["calibration"])
+    assert not names["validation"] & names["calibration"]
+    # The documents of the held-out files are mixed: the first sequences are not all of one file.
+    order = [name for name, _ in _marks(tmp_path / "out", "validation")]
+    assert sum(first != second for first, second in pairwise(order)) > len(names["validation"])
+
+
+def test_of_one_large_file_long_stretches_are_held_out(tmp_path: Path) -> None:
+    """Of neighbouring paragraphs nearly none stand on different sides of a hold-out."""
+    _write_prose(tmp_path / "corpus.txt", 2_000, mark="file")
+    budgets = {"train_tokens": 10**6, "validation_tokens": 30_000, "calibration_tokens": 30_000}
+    _prepare(_config(tmp_path / "corpus.txt", **budgets), tmp_path / "out")
+    split_of = {number: split for split in ("train", *HELD_OUT) for _, number in _marks(tmp_path / "out", split)}
+    assert len(split_of) > 1_500
+    known = sorted(split_of)
+    changes = sum(split_of[first] != split_of[second] for first, second in pairwise(known))
+    # Some 33 stretches, a fourth of them held out; without them every fourth of some 440 documents would be, by itself.
+    assert 1 <= changes <= 33
+
+
+def test_cut_samples_are_not_closed_by_the_end_of_text(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"text": f"{i} " + " ".join(rng.choices(WORDS, k=40)), "num_tokens": 1, "ended": i % 2 == 0} for i in range(300)
+    ]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(kind="generated", path=str(tmp_path / "text.jsonl"))
+    data = replace(_config(tmp_path / "text.jsonl", train_tokens=10**6), sources=(source,))
+    _prepare(data, tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    text = tokenizer.decode(np.load(tmp_path / "out" / "train.npy", allow_pickle=False).tolist())
+    by_number = {int(row["text"].split()[0]): row for row in rows}
+    found = re.findall(r"(\d+) [a-z ]+(<\|endoftext\|>)?", text)
+    assert len(found) > 150
+    for number, end in found:
+        assert bool(end) == by_number[int(number)]["ended"]

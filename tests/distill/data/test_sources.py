@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 
 from distill.config import DataConfig, SourceConfig
 from distill.data.sources import (
-    documents,
+    MIN_REGIONS,
+    REGION_DOCUMENTS,
     interleave,
+    regions,
     shuffled,
     split_documents,
     starts_definition,
@@ -24,8 +27,12 @@ from distill.data.sources import (
 )
 
 
+def _texts(source: SourceConfig, *, seed: int = 0, whole_files: bool = False) -> list[str]:
+    return [document.text for region in regions(source, seed=seed, whole_files=whole_files) for document in region]
+
+
 def _text(path: Path, **settings: str) -> list[str]:
-    return sorted(documents(SourceConfig(kind="text", path=str(path), **settings), seed=0))
+    return sorted(_texts(SourceConfig(kind="text", path=str(path), **settings)))
 
 
 def test_stdlib_files_are_library_sources_without_tests() -> None:
@@ -38,7 +45,7 @@ def test_stdlib_files_are_library_sources_without_tests() -> None:
 
 def test_stdlib_documents_hold_every_character_once() -> None:
     read = Counter[str]()
-    for document in documents(SourceConfig(kind="python_stdlib"), seed=0):
+    for document in _texts(SourceConfig(kind="python_stdlib")):
         assert 0 < len(document) <= 8192
         read.update(document)
     expected = Counter[str]()
@@ -50,7 +57,7 @@ def test_stdlib_documents_hold_every_character_once() -> None:
 
 def test_order_depends_on_the_seed_alone() -> None:
     source = SourceConfig(kind="python_stdlib")
-    first, again, other = (list(documents(source, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (_texts(source, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
     assert sorted(first) == sorted(other)
@@ -116,7 +123,7 @@ def test_hub_reads_a_dataset_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     source = SourceConfig(kind="hub", path=str(tmp_path / "data"))
-    assert sorted(documents(source, seed=0)) == ["one", "two"]
+    assert sorted(_texts(source)) == ["one", "two"]
 
 
 def test_directories_are_searched_below(tmp_path: Path) -> None:
@@ -149,10 +156,10 @@ def test_errors_name_the_file_and_the_way_out(tmp_path: Path) -> None:
 
 
 def test_shuffle_with_a_small_buffer_loses_nothing() -> None:
-    order = list(shuffled(range(100), seed=3, buffer_items=8))
+    order = list(shuffled(range(100), seed=3, buffer_size=8))
     assert sorted(order) == list(range(100))
     assert order != list(range(100))
-    assert order == list(shuffled(range(100), seed=3, buffer_items=8))
+    assert order == list(shuffled(range(100), seed=3, buffer_size=8))
 
 
 def test_interleave_follows_the_weights() -> None:
@@ -196,4 +203,54 @@ def test_whole_files_are_not_cut(tmp_path: Path) -> None:
     text = "".join(f"{letter * 5000}\n\n" for letter in "abc")
     (tmp_path / "long.txt").write_text(text)
     source = SourceConfig(kind="text", path=str(tmp_path / "long.txt"))
-    assert list(documents(source, seed=0, whole_files=True)) == [text]
+    assert _texts(source, whole_files=True) == [text]
+
+
+def test_a_region_is_a_row_a_file_or_a_long_stretch_of_a_large_file(tmp_path: Path) -> None:
+    paragraphs = [f"{number:06d} {'x' * 5000}\n\n" for number in range(2 * REGION_DOCUMENTS + 5)]
+    (tmp_path / "large.txt").write_text("".join(paragraphs))
+    for number in range(MIN_REGIONS):
+        (tmp_path / f"small_{number}.txt").write_text("".join(paragraphs[:3]).upper())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(10)))
+    found = list(regions(SourceConfig(kind="text", path=str(tmp_path)), seed=0))
+    large = [region for region in found if "x" in region[0].text]
+    assert sorted(map(len, large)) == [5, REGION_DOCUMENTS, REGION_DOCUMENTS]
+    # Neighbours in the file are neighbours in the region.
+    numbers = [[int(document.text[:6]) for document in region] for region in large]
+    assert all(row == list(range(row[0], row[0] + len(row))) for row in numbers)
+    assert [len(region) for region in found if "X" in region[0].text] == [3] * MIN_REGIONS
+    assert [len(region) for region in found if "row" in region[0].text] == [1] * 10
+
+
+def test_a_small_source_in_one_file_has_regions_to_hold_out(tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("".join(f"{number:06d} {'x' * 8000}\n\n" for number in range(3 * MIN_REGIONS)))
+    found = list(regions(SourceConfig(kind="text", path=str(tmp_path / "all.txt")), seed=0))
+    # A little more than MIN_REGIONS: the size in documents is rounded down.
+    assert MIN_REGIONS <= len(found) <= 2 * MIN_REGIONS
+
+
+def test_shuffle_bounds_the_buffer_by_size() -> None:
+    items = [(index,) * (1 + index % 5) for index in range(60)]
+    pulled: list[int] = []
+
+    def stream() -> Iterator[tuple[int, ...]]:
+        for item in items:
+            pulled.append(len(item))
+            yield item
+
+    drawn: list[tuple[int, ...]] = []
+    for item in shuffled(stream(), seed=0, buffer_size=12, size=len):
+        drawn.append(item)
+        if len(pulled) < len(items):
+            assert sum(pulled) - sum(map(len, drawn)) <= 12 + 5
+    assert sorted(drawn) == items
+    assert drawn != items
+
+
+def test_sampled_text_says_whether_it_ended(tmp_path: Path) -> None:
+    rows = [{"text": "whole", "ended": True}, {"text": "cut", "ended": False}]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind, expected in (("generated", {"whole": True, "cut": False}), ("text", {"whole": True, "cut": True})):
+        source = SourceConfig(kind=kind, path=str(tmp_path / "text.jsonl"))  # type: ignore[arg-type]
+        found = {document.text: document.ended for region in regions(source, seed=0) for document in region}
+        assert found == expected

@@ -4,9 +4,16 @@ from typing import Any
 
 import pytest
 
-from distill.config import EngineConfig
+from distill.config import EngineConfig, ObjectiveConfig
 from distill.engine.base import ENGINES
-from distill.engine.layout import check_layout, check_options, nearest_divisor, nearest_multiples, num_model_ranks
+from distill.engine.layout import (
+    check_layout,
+    check_objective_memory,
+    check_options,
+    nearest_divisor,
+    nearest_multiples,
+    num_model_ranks,
+)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,18 @@ def test_what_cannot_be_dealt_names_the_nearest_that_can(
     with pytest.raises(ValueError, match=message) as caught:
         check_layout(EngineConfig(**options), **step, node="distill")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("term", ["hidden_cosine", "hidden_mse"])
+def test_offloading_what_hidden_terms_keep_is_refused(term: str) -> None:
+    offload = EngineConfig(recompute=True, offload_activations=True)
+    with pytest.raises(
+        ValueError, match=rf"objective\.{term}=0\.5.* set objective=kld .*offload_activations=false"
+    ) as e:
+        check_objective_memory(offload, ObjectiveConfig(kld=1.0, **{term: 0.5}))
+    assert "\n" not in str(e.value)
+    check_objective_memory(offload, ObjectiveConfig(kld=1.0, lm=0.5))
+    check_objective_memory(EngineConfig(recompute=True), ObjectiveConfig(hidden_cosine=1.0))
 
 
 def test_suggested_settings_work() -> None:

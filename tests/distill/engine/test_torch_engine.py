@@ -30,12 +30,13 @@ def _engine(
     *,
     device: str = "cpu",
     grad_clip: float = 1.0,
+    objective: ObjectiveConfig | None = None,
     **engine: Any,
 ) -> TorchEngine:
     setup = TrainingSetup(
         student=student,
         teacher=teacher,
-        objective=ObjectiveConfig(lm=1.0) if teacher is None else ObjectiveConfig(kld=1.0, hidden_cosine=1.0),
+        objective=objective or ObjectiveConfig(kld=1.0, hidden_cosine=1.0) if teacher else ObjectiveConfig(lm=1.0),
         layer_map=() if teacher is None else tuple(range(teacher.num_blocks)),
     )
     runner = create_engine(
@@ -118,6 +119,29 @@ def test_state_comes_back_bit_for_bit(make_engine: MakeEngine, tmp_path: Path) -
     assert torch.equal(_parameters(restored), _parameters(runner))
 
 
+@pytest.mark.parametrize("layout", [{}, {"shard": True}, {"offload_optimizer": True}], ids=["plain", "fsdp", "offload"])
+def test_a_head_that_no_term_trains_stays_and_the_run_goes_on(
+    pico_providers: tuple[DirectoryProvider, DirectoryProvider], tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    """Without a term on the logits a head of its own has no gradient, and yet its weight in the resume point."""
+    objective = ObjectiveConfig(hidden_cosine=1.0)
+    runner = _engine(*pico_providers, objective=objective, **layout)
+    head = runner.student.get_output_embeddings().weight
+    assert head is not runner.student.get_input_embeddings().weight
+    runner.step(BATCH, lr=1e-2)
+    runner.save(tmp_path)
+    runner.step(BATCH, lr=1e-2)
+    restored = _engine(*pico_providers, objective=objective, **layout)
+    restored.load(tmp_path)
+    restored.step(BATCH, lr=1e-2)
+    runner.export(tmp_path / "expected")
+    restored.export(tmp_path / "restored")
+    expected, found = DirectoryProvider(tmp_path / "expected"), DirectoryProvider(tmp_path / "restored")
+    for name in expected.names():
+        assert torch.equal(found.read(name), expected.read(name)), name
+        assert torch.equal(found.read(name), pico_providers[0].read(name)) == (name == "lm_head.weight"), name
+
+
 def test_the_state_of_another_engine_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no resume point of engine.name=torch; go on with the engine that wrote"):
         make_engine().load(tmp_path)
@@ -154,14 +178,13 @@ def test_a_teacher_without_a_term_is_still_what_the_student_is_measured_by(llama
 
 @dataclass
 class FakeStore:
-    """The same signal for all sequences; remembers which were asked for."""
+    """The same signal for all sequences of 8 tokens; remembers which were asked for."""
 
-    vocab_size: int = 61
     asked: list[int] = field(default_factory=list)
 
-    def signal(self, sequence_ids: Tensor, *, device: torch.device) -> TopK:
+    def signal(self, sequence_ids: Tensor, positions: slice, *, device: torch.device) -> TopK:
         self.asked += sequence_ids.tolist()
-        shape = (len(sequence_ids), 8, 2)
+        shape = (len(sequence_ids), len(range(8)[positions]), 2)
         token_ids = torch.tensor([3, 5]).expand(shape)
         return TopK(token_ids=token_ids, log_probs=torch.tensor([0.6, 0.3]).log().expand(shape))
 
@@ -177,14 +200,14 @@ def test_cached_signals_are_asked_for_by_sequence(llama_provider: Provider) -> N
     )
     config = EngineConfig(device="cpu", micro_batch_tokens=16)
     runner = create_engine(setup, optim=OptimConfig(lr=1e-2), engine=config, batch_size=4, seq_len=8)
-    first = runner.step(BATCH, lr=1e-2)["kld"]
+    first = runner.step(BATCH, lr=1e-2)["kld_top_k"]
     assert store.asked == [0, 1, 2, 3]
     for _ in range(10):
-        last = runner.step(BATCH, lr=1e-2)["kld"]
+        last = runner.step(BATCH, lr=1e-2)["kld_top_k"]
     assert last < first
     metrics = runner.evaluate(BATCH.input_ids[:3])
     assert held_out_store.asked == [0, 1, 2]
-    assert metrics.keys() == {"lm_loss", "kld", "top1_agreement_frac", "teacher_lm_loss"}
+    assert metrics.keys() == {"lm_loss", "kld_top_k", "top1_agreement_frac", "teacher_lm_loss"}
     assert metrics["teacher_lm_loss"] == 5.0
 
 

@@ -192,15 +192,22 @@ def test_what_cannot_be_sampled_is_refused(pico_parent_dir: Path, tmp_path: Path
             replace(GENERATION, **{name: value})
 
 
+def _local_rows(directory: Path) -> Path:
+    """Documents that are short beside a split, so that shares and held-out splits come out as they should."""
+    file = directory / "local.jsonl"
+    file.write_text("".join(json.dumps({"text": f"line {i} of a local file\n" * 5}) + "\n" for i in range(400)))
+    return file
+
+
 def test_generated_text_is_a_source_of_a_mixture(pico_parent_dir: Path, tmp_path: Path) -> None:
     _generate(
         tmp_path / "text", pico_parent_dir, replace(GENERATION, max_tokens=5_000, document_tokens=100, batch_size=64)
     )
-    (tmp_path / "local.txt").write_text("".join(f"line {i} of a local file\n\n" * 40 for i in range(200)))
+    local = _local_rows(tmp_path)
     data = DataConfig(
         sources=(
             SourceConfig(kind="generated", weight=1.0),
-            SourceConfig(kind="text", path=str(tmp_path / "local.txt"), weight=3.0),
+            SourceConfig(kind="text", path=str(local), weight=3.0),
         ),
         train_tokens=8_000,
         validation_tokens=500,
@@ -212,10 +219,10 @@ def test_generated_text_is_a_source_of_a_mixture(pico_parent_dir: Path, tmp_path
     }
     context = _context(tmp_path / "data")
     result = prepare_data.run(PrepareDataStage(data=data, seed=0), inputs, context)
-    generated, local = result.metrics["sources"]
+    generated, other = result.metrics["sources"]
     assert generated["path"] is None
     # By tokens read; what is held out, by hash, comes more from one than from the other.
-    assert generated["train_tokens"] / (generated["train_tokens"] + local["train_tokens"]) == pytest.approx(
+    assert generated["train_tokens"] / (generated["train_tokens"] + other["train_tokens"]) == pytest.approx(
         0.25, abs=0.1
     )
     assert TokenDataset.open(context.out).split("train").num_tokens == 8_000
@@ -227,9 +234,9 @@ def test_generated_text_is_a_source_of_a_mixture(pico_parent_dir: Path, tmp_path
 
 
 def test_a_short_train_split_is_in_the_headline(pico_parent_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "local.txt").write_text("".join(f"line {i} of a local file\n\n" * 40 for i in range(200)))
+    local = _local_rows(tmp_path)
     data = DataConfig(
-        sources=(SourceConfig(kind="text", path=str(tmp_path / "local.txt")),),
+        sources=(SourceConfig(kind="text", path=str(local)),),
         train_tokens=10**7,
         validation_tokens=500,
         calibration_tokens=500,
@@ -238,4 +245,4 @@ def test_a_short_train_split_is_in_the_headline(pico_parent_dir: Path, tmp_path:
     inputs = {"parent": _artifact(pico_parent_dir, "model")}
     result = prepare_data.run(PrepareDataStage(data=data, seed=0), inputs, context)
     assert "of 10.0M asked, where the text ended" in result.headline
-    assert result.metrics["ended_by"] == f"text {tmp_path / 'local.txt'}"
+    assert result.metrics["ended_by"] == f"text {local}"

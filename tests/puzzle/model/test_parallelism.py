@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distill.config import EngineConfig
-from puzzle.model.architecture import Architecture
+from puzzle.model.architecture import Architecture, AttentionConfig, FFNConfig
 from puzzle.model.parallelism import check_parallelism, num_real_blocks
 
 # The pico parent: 4 heads, 2 KV heads, FFN 512, vocabulary 320. The heterogeneous model: KV heads 2 and 1, FFNs 512 and
@@ -78,7 +78,7 @@ def test_models_that_cannot_be_dealt_name_the_nearest_setting(
 
 
 def test_ffn_widths_and_heads_of_every_block_count(heterogeneous_architecture: Architecture) -> None:
-    wide = replace(heterogeneous_architecture, num_heads=512, vocab_size=512)
+    wide = replace(heterogeneous_architecture, num_heads=512, vocab_size=512, hidden_dim=512)
     with pytest.raises(ValueError, match=r"does not divide the 256 channels of the FFN in block 1 .*=256$"):
         check_parallelism(wide, EngineConfig(name="megatron", tensor_parallel=512))
 
@@ -86,6 +86,20 @@ def test_ffn_widths_and_heads_of_every_block_count(heterogeneous_architecture: A
 def test_a_model_without_attention_needs_no_heads(heterogeneous_architecture: Architecture) -> None:
     attention_free = replace(heterogeneous_architecture, blocks=heterogeneous_architecture.blocks[1:3])
     check_parallelism(attention_free, EngineConfig(sequence_parallel=3))
+
+
+def test_megatron_asks_for_heads_and_rows_where_blocks_have_no_heads(
+    heterogeneous_architecture: Architecture,
+) -> None:
+    linear = replace(
+        heterogeneous_architecture.blocks[0], attention=AttentionConfig(kind="linear"), ffn=FFNConfig(kind="linear")
+    )
+    headless = replace(heterogeneous_architecture, blocks=(linear,), num_heads=6, vocab_size=512)
+    with pytest.raises(ValueError, match=r"=4: it does not divide the 6 attention heads .*tensor_parallel=2$"):
+        check_parallelism(headless, EngineConfig(name="megatron", tensor_parallel=4))
+    odd = replace(headless, num_heads=4, hidden_dim=66)
+    with pytest.raises(ValueError, match=r"divide the 66 rows of the linear replacement in block 0 .*=2$"):
+        check_parallelism(odd, EngineConfig(name="megatron", tensor_parallel=4))
 
 
 def test_dummies_are_no_stage(heterogeneous_architecture: Architecture) -> None:

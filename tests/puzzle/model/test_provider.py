@@ -120,6 +120,14 @@ def test_writing_other_tensors_is_refused_and_leaves_no_model(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_rows_are_read_as_they_stand_in_the_whole(pico_parent_dir: Path) -> None:
+    provider = DirectoryProvider(pico_parent_dir)
+    for name in provider.names():
+        whole = provider.read(name)
+        assert torch.equal(provider.read(name, range(1, len(whole) - 1)), whole[1:-1])
+        assert provider.read(name, range(len(whole), len(whole))).shape == (0, *whole.shape[1:])
+
+
 def test_it_can_be_sent_to_another_process(pico_parent_dir: Path) -> None:
     provider = pickle.loads(pickle.dumps(DirectoryProvider(pico_parent_dir)))
     name = provider.names()[0]

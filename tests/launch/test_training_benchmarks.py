@@ -1,0 +1,136 @@
+"""What the benchmarks of training count and how they search, without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import build_model
+from puzzle.model.stats import flops_per_token, num_params
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "objective"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def throughput(load: Load) -> ModuleType:
+    return load("kd_throughput")
+
+
+def test_flops_of_a_step_are_those_that_torch_counts(throughput: ModuleType) -> None:
+    student, teacher = throughput.shapes("pico")
+    seq_len, sequences = 64, 3
+    tokens = torch.zeros(sequences, seq_len, dtype=torch.long)
+    # Attention as plain products over the whole square, which the counter knows.
+    models = [build_model(shape, seed=0) for shape in (teacher, student)]
+    for model in models:
+        model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            models[0](input_ids=tokens, use_cache=False)
+        models[1](input_ids=tokens, use_cache=False).logits.sum().backward()
+
+    def square(architecture: Architecture) -> float:
+        """Scores and sums of values of one forward, over all pairs of positions."""
+        pairs = sequences * seq_len**2
+        return 4.0 * pairs * architecture.num_heads * architecture.head_dim * architecture.num_blocks
+
+    # Causal attention has seq_len (seq_len + 1) / 2 pairs; the rest of the square is no model FLOPs.
+    unseen = (square(teacher) + 3 * square(student)) * (1 - (seq_len + 1) / (2 * seq_len))
+    counted = throughput.flops_per_step(student, teacher, seq_len=seq_len, sequences=sequences)
+    assert counted == counter.get_total_flops() - unseen
+
+
+def test_flops_of_a_step_are_the_sum_over_positions(throughput: ModuleType) -> None:
+    student, teacher = throughput.shapes("1b_3b")
+    positions = range(1, 8)
+    expected = sum(flops_per_token(teacher, n) + 3 * flops_per_token(student, n) for n in positions)
+    assert throughput.flops_per_step(student, teacher, seq_len=7, sequences=2) == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "has_peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", True),
+        ("NVIDIA H200", "bf16", True),
+        ("NVIDIA H100 PCIe", "bf16", False),
+        ("NVIDIA H100 NVL", "bf16", False),
+        ("NVIDIA GH200 480GB", "bf16", False),
+        ("NVIDIA H100 80GB HBM3", "fp32", False),
+    ],
+)
+def test_mfu_is_of_a_known_peak_or_left_out_with_a_note(
+    throughput: ModuleType, device: str, precision: str, has_peak: bool
+) -> None:
+    outcome = throughput.Outcome(step_s=(1.0,), losses=(2.0,), device=device)
+    row = throughput.make_row("torch", 1, outcome, flops=98.94e12, tokens=10, precision=precision)
+    text = throughput.markdown([row], {"precision": precision})
+    assert row.mfu_frac == (pytest.approx(0.1) if has_peak else None)
+    assert (f"No MFU: no dense peak in {precision} is known of {device}." in text) != has_peak
+
+
+def test_dense_shape_is_llama_8b_and_results_name_the_shape(load: Load, tmp_path: Path) -> None:
+    program, trials = load("longest_sequence"), load("training_trials")
+    dense = program.architecture("8b")
+    # Of Llama-3.1-8B's configuration.
+    assert num_params(dense) == 8_030_261_248
+    assert (dense.num_blocks, sum(not block.attention.is_no_op for block in dense.blocks)) == (32, 32)
+    trials.write_random_model(tmp_path / "pico", program.architecture("pico"))
+    assert trials.shape_text(tmp_path / "pico").endswith("M parameters, 3 blocks, 2 attentions")
+    assert "8b" in program.PUBLISHED
+    assert "8b_child" not in program.PUBLISHED
+
+
+def test_host_memory_that_no_process_counts_as_its_own_is_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory is missing from a process's resident memory, and from the memory that the host has left."""
+    trials = load("training_trials")
+    free = iter([100, 30, 80])
+    monkeypatch.setattr(trials, "available_host_bytes", lambda: next(free, 90))
+    monkeypatch.setattr(trials, "SAMPLE_S", 0.01)
+    waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert trials.watch(waiting, timeout_s=0.2) == 30
+        assert waiting.poll() is None
+    finally:
+        waiting.kill()
+        waiting.wait()
+
+
+@pytest.mark.slow
+def test_trial_reports_what_it_took_of_the_host(load: Load, tmp_path: Path) -> None:
+    trials, throughput = load("training_trials"), load("kd_throughput")
+    student, _ = throughput.shapes("pico")
+    trials.write_random_model(tmp_path / "student", student)
+    trial = trials.Trial(
+        student=str(tmp_path / "student"), engine={"device": "cpu"}, objective={"lm": 1.0}, batch_size=1, seq_len=16
+    )
+    outcome = trials.run_trial(trial, num_processes=1, timeout_s=50)
+    assert outcome.failure is None
+    # Python with torch is larger than this; what else the host does is in the other number.
+    assert outcome.host_resident_bytes > 100e6
+    assert 0 < outcome.host_taken_bytes < trials.meminfo_bytes("MemTotal")
+
+
+def test_what_is_compared_is_measured_first_and_the_rest_once(load: Load) -> None:
+    program = load("run")
+    compared = ["ours", "liger_chunked", "trl", "liger_fused", "plain"]
+    contenders = ["ours_512", "four_products", *reversed(compared)]
+    cases = program._cases(SimpleNamespace(contenders=contenders, divergences=["forward", "jsd"]))
+    expected = [(divergence, name) for divergence in ("forward", "jsd") for name in compared]
+    assert cases == [*expected, ("forward", "four_products"), ("forward", "ours_512")]
