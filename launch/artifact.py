@@ -16,6 +16,8 @@ from typing import Any
 
 import dacite
 
+from distill.files import flush_to_disk, sha256_of
+
 MANIFEST_NAME = "artifact.json"
 SCHEMA_VERSION = 1
 
@@ -193,11 +195,11 @@ def commit(path: Path, manifest: Manifest, *, to: Path | None = None) -> Artifac
         os.fsync(stream.fileno())
     temporary.rename(path / MANIFEST_NAME)
     for directory in (path, *(p for p in path.rglob("*") if p.is_dir())):
-        _fsync_directory(directory)
+        flush_to_disk(directory)
     if to is None:
         return Artifact(path=path, manifest=manifest)
     path.rename(to)
-    _fsync_directory(to.parent)
+    flush_to_disk(to.parent)
     return Artifact(path=to, manifest=manifest)
 
 
@@ -210,15 +212,6 @@ def record_files(path: Path) -> tuple[FileRecord, ...]:
         name = file.relative_to(path).as_posix()
         records.append(FileRecord(name=name, num_bytes=file.stat().st_size, sha256=sha256_of(file)))
     return tuple(records)
-
-
-def sha256_of(file: Path) -> str:
-    """Checksum of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def fingerprinted_config(config: Any) -> dict[str, Any]:
@@ -239,11 +232,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return value
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

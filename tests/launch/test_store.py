@@ -200,7 +200,7 @@ def _compute_until_killed(root: str, function: str) -> None:
     Store(Path(root)).get_or_compute(job(write), on_wait=silent)
 
 
-@pytest.mark.parametrize("function", ["sha256_of", "replace", "_fsync_directory"])
+@pytest.mark.parametrize("function", ["sha256_of", "replace", "flush_to_disk"])
 def test_a_kill_between_the_payload_and_the_commit_leaves_no_artifact(tmp_path: Path, function: str) -> None:
     """While files are hashed, before the manifest is written, and between the manifest and the rename."""
     process = multiprocessing.get_context("fork").Process(target=_compute_until_killed, args=(str(tmp_path), function))
