@@ -7,11 +7,11 @@ from pathlib import Path
 from distill.config import EngineConfig
 from distill.data.generation import GenerationConfig
 from distill.distributed import join, leave, rank, together
-from launch.artifact import Artifact, Manifest
 from launch.stage import StageContext
 from launch.stage_configs import GenerateTextStage
 from launch.stages import generate_text
 from tests.distributed.conftest import RunInProcesses
+from tests.launch.training_inputs import artifact_at
 
 # Five batches or so: the second process has one more to sample than count, or one less.
 CONFIG = GenerateTextStage(
@@ -23,25 +23,9 @@ CONFIG = GenerateTextStage(
 
 def _generate(teacher: Path, root: Path) -> int:
     """Number of batches that this machine has sampled when the stage ends."""
-    manifest = Manifest(
-        kind="model",
-        stage="test",
-        stage_version=1,
-        fingerprint="0",
-        config={},
-        externals={},
-        inputs={},
-        files=(),
-        headline="",
-        metrics={},
-        tokens={},
-        seconds=0.0,
-        provenance={},
-        created_at="",
-    )
     out, resume = root / "out", root / "resume"
     context = StageContext(out=out, resume=resume, pool=root / "pool", run_name="run", step_name="text")
-    result = generate_text.run(CONFIG, {"teacher": Artifact(path=teacher, manifest=manifest)}, context)
+    result = generate_text.run(CONFIG, {"teacher": artifact_at(teacher, "model")}, context)
     assert result.metrics["num_tokens"] >= CONFIG.generation.max_tokens
     return len(list(resume.glob("part_*.jsonl")))
 

@@ -16,28 +16,30 @@ from puzzle.model.architecture import NO_ATTENTION
 from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model
 
 
-def commit_artifact(path: Path, kind: str, tokens: dict[str, int] | None = None) -> Artifact:
-    """``path`` as a committed artifact, whose training tokens are ``tokens`` by stage."""
-    recipe = Recipe(stage=kind, stage_version=1, config={})
-    return commit(
-        path,
-        Manifest(
-            kind=kind,
-            stage=kind,
-            stage_version=1,
-            fingerprint=recipe.fingerprint,
-            config={},
-            externals={},
-            inputs={},
-            files=(),
-            headline="",
-            metrics={},
-            tokens=tokens or {},
-            seconds=0.0,
-            provenance={},
-            created_at="",
-        ),
+def artifact_at(path: Path, kind: str, tokens: dict[str, int] | None = None) -> Artifact:
+    """``path`` as an artifact that was not committed there, whose training tokens are ``tokens`` by stage."""
+    manifest = Manifest(
+        kind=kind,
+        stage=kind,
+        stage_version=1,
+        fingerprint=Recipe(stage=kind, stage_version=1, config={}).fingerprint,
+        config={},
+        externals={},
+        inputs={},
+        files=(),
+        headline="",
+        metrics={},
+        tokens=tokens or {},
+        seconds=0.0,
+        provenance={},
+        created_at="",
     )
+    return Artifact(path=path, manifest=manifest)
+
+
+def commit_artifact(path: Path, kind: str, tokens: dict[str, int] | None = None) -> Artifact:
+    """``path`` as a committed artifact."""
+    return commit(path, artifact_at(path, kind, tokens).manifest)
 
 
 def toy_language(num_tokens: int, vocab_size: int, seed: int) -> np.ndarray:

@@ -16,34 +16,14 @@ from distill.data.dataset import TokenDataset
 from distill.data.generation import GenerationConfig
 from distill.data.sampling import DocumentSampler, draw_tokens
 from distill.data.tokenizer import load_tokenizer
-from launch.artifact import Artifact, Manifest
 from launch.stage import StageContext, StageResult
 from launch.stage_configs import GenerateTextStage, PrepareDataStage
 from launch.stages import generate_text, prepare_data
 from puzzle.model.checkpoint import load_model
+from tests.launch.training_inputs import artifact_at
 
 GENERATION = GenerationConfig(max_tokens=600, document_tokens=40, batch_size=4, prompts=("The ", "A fused FFN "))
 CPU = EngineConfig(device="cpu")
-
-
-def _artifact(path: Path, kind: str) -> Artifact:
-    manifest = Manifest(
-        kind=kind,
-        stage="test",
-        stage_version=1,
-        fingerprint="0",
-        config={},
-        externals={},
-        inputs={},
-        files=(),
-        headline="",
-        metrics={},
-        tokens={},
-        seconds=0.0,
-        provenance={},
-        created_at="",
-    )
-    return Artifact(path=path, manifest=manifest)
 
 
 def _context(root: Path) -> StageContext:
@@ -56,7 +36,7 @@ def _context(root: Path) -> StageContext:
 
 def _generate(root: Path, teacher: Path, generation: GenerationConfig = GENERATION, *, seed: int = 0) -> StageResult:
     config = GenerateTextStage(generation=generation, engine=CPU, seed=seed)
-    return generate_text.run(config, {"teacher": _artifact(teacher, "model")}, _context(root))
+    return generate_text.run(config, {"teacher": artifact_at(teacher, "model")}, _context(root))
 
 
 def _rows(root: Path) -> list[dict]:
@@ -214,8 +194,8 @@ def test_generated_text_is_a_source_of_a_mixture(pico_parent_dir: Path, tmp_path
         calibration_tokens=500,
     )
     inputs = {
-        "parent": _artifact(pico_parent_dir, "model"),
-        "generated": _artifact(tmp_path / "text" / "out", "text"),
+        "parent": artifact_at(pico_parent_dir, "model"),
+        "generated": artifact_at(tmp_path / "text" / "out", "text"),
     }
     context = _context(tmp_path / "data")
     result = prepare_data.run(PrepareDataStage(data=data, seed=0), inputs, context)
@@ -242,7 +222,7 @@ def test_a_short_train_split_is_in_the_headline(pico_parent_dir: Path, tmp_path:
         calibration_tokens=500,
     )
     context = _context(tmp_path / "data")
-    inputs = {"parent": _artifact(pico_parent_dir, "model")}
+    inputs = {"parent": artifact_at(pico_parent_dir, "model")}
     result = prepare_data.run(PrepareDataStage(data=data, seed=0), inputs, context)
     assert "of 10.0M asked, where the text ended" in result.headline
     assert result.metrics["ended_by"] == f"text {local}"
