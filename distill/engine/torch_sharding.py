@@ -76,14 +76,10 @@ def _own_rows(provider: ModelProvider, name: str, parameter: DTensor, device: to
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     # A rank beyond the last row has none, and its offset is the number of rows.
     rows = provider.read(name, range(offset[0], offset[0] + shape[0]))
-    return DTensor.from_local(
-        rows.to(device=device, dtype=parameter.dtype),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    # Not DTensor.from_local, which moves what is on the CPU to the mesh's device.
+    own = torch.empty_like(parameter, device=device, requires_grad=False)
+    own.to_local().copy_(rows)
+    return own
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def test_many_tiles_on_a_gpu_are_as_exact_as_one(
     whole = errors(ffn_gradients(model, dtype, autocast=autocast, device="cuda"), exact)
     tiled = ffn_gradients(model, dtype, autocast=autocast, tile=NUM_TOKENS // TILES, compile=compile, device="cuda")
     for name, error in errors(tiled, exact).items():
-        assert error < 1.25 * whole[name], name
+        # The gradient of the norm alone is exact to the rounding of fp32, in whatever order a kernel adds.
+        assert error < max(1.25 * whole[name], 4 * torch.finfo(torch.float32).eps), name
 
 
 def test_a_weight_has_one_gradient_per_backward_pass(model: DeciLMForCausalLM) -> None:
