@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from distill.config import require
+
+if TYPE_CHECKING:
+    from launch.config import StepConfig
 
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
 
@@ -40,3 +43,20 @@ class ClusterConfig:
             _TIME.fullmatch(self.time_limit) is not None,
             f"cluster.time_limit={self.time_limit} is no time; write [days-]hours:minutes:seconds, as 04:00:00",
         )
+        require(
+            self.signal_seconds < self.job_seconds,
+            f"cluster.signal_seconds={self.signal_seconds} is not before the start of a job of cluster.time_limit="
+            f"{self.time_limit}; lengthen the one or shorten the other",
+        )
+
+    @property
+    def job_seconds(self) -> int:
+        """:attr:`time_limit` in seconds."""
+        days, _, clock = self.time_limit.rpartition("-")
+        hours, minutes, seconds = (int(part) for part in clock.split(":"))
+        return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
+
+    def for_step(self, step: StepConfig) -> ClusterConfig:
+        """The machines of one step, which may ask for others."""
+        asked = {name: getattr(step, name) for name in ("nodes", "gpus_per_node", "time_limit", "signal_seconds")}
+        return replace(self, **{name: value for name, value in asked.items() if value is not None})

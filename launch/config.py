@@ -69,6 +69,12 @@ class StepConfig:
     """What a person would type behind ``python -m launch <stage>``."""
     nodes: int | None = None
     """Nodes that it needs on a cluster; null: cluster.nodes."""
+    gpus_per_node: int | None = None
+    """Processes on each of them; null: cluster.gpus_per_node."""
+    time_limit: str | None = None
+    """Of each of its jobs; null: cluster.time_limit."""
+    signal_seconds: int | None = None
+    """That a step and a save of it take at most; null: cluster.signal_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

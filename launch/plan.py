@@ -184,8 +184,9 @@ class _Planner:
         given = self._given(name, config) if stage.output == "model" else None
         if given is not None:
             self._models[name] = given
-        nodes = (step.nodes or self._cluster.nodes) if stage.distributed and self._cluster.kind == "slurm" else 1
-        ranks = nodes * self._cluster.gpus_per_node if stage.distributed else 1
+        cluster = self._cluster_of(name)
+        nodes = cluster.nodes if stage.distributed and cluster.kind == "slurm" else 1
+        ranks = nodes * cluster.gpus_per_node if stage.distributed else 1
         models = {key: self._models[source] for key, source in step.inputs.items() if source in self._models}
         demand = stage_demand(step.stage, config, models, ranks, given)
         row = StepPlan(
@@ -241,7 +242,7 @@ class _Planner:
         return Limits(gpu_bytes=gib * GIB, host_bytes=host, gpus_per_node=cluster.gpus_per_node)
 
     def _trained(self, row: StepPlan, config: Any, demand: Demand, run: Training) -> StepPlan:
-        limits, step = self._limits(config), run.step
+        limits, step, cluster = self._limits(config), run.step, self._cluster_of(row.step)
         if len(demand.trainings) > 1:
             row = replace(row, step=f"{row.step} phase {run.name.rpartition('.')[2]}")
         try:
@@ -261,23 +262,29 @@ class _Planner:
         held_out = run.evaluated_tokens * sum(flops_per_token(model, context) for model in models)
         hours = (run.num_steps * seconds + held_out / (self._rates.flops_per_s * step.num_ranks)) / 3600
         row = replace(row, step_s=seconds, hours=hours, gpu_hours=hours * row.gpus)
-        return self._with_interruptions(row, step_s=seconds, state_bytes=STATE_BYTES * num_params(step.student))
+        return self._with_interruptions(
+            row, cluster, step_s=seconds, state_bytes=STATE_BYTES * num_params(step.student)
+        )
 
-    def _with_interruptions(self, row: StepPlan, *, step_s: float, state_bytes: float) -> StepPlan:
+    def _cluster_of(self, step: str) -> ClusterConfig:
+        return self._cluster.for_step(self._pipeline.steps[step])
+
+    def _with_interruptions(
+        self, row: StepPlan, cluster: ClusterConfig, *, step_s: float, state_bytes: float
+    ) -> StepPlan:
         """Whether a job that is told to stop can save in time, and how many jobs the step takes."""
-        cluster = self._cluster
         if cluster.kind != "slurm":
             return row
         needed = step_s + state_bytes / (DISK_BYTES_PER_S * row.nodes)
         notes = list(row.notes)
-        jobs = (row.hours or 0) * 3600 / _seconds(cluster.time_limit)
+        jobs = (row.hours or 0) * 3600 / (cluster.job_seconds - cluster.signal_seconds)
         if jobs > 1:
             notes.append(f"about {jobs:.0f} jobs of {cluster.time_limit}")
         if needed > cluster.signal_seconds and row.problem is None:
             problem = (
-                f"a step and a save take about {needed:.0f} s, more than the cluster.signal_seconds="
-                f"{cluster.signal_seconds} that a job has before its time limit; set cluster.signal_seconds="
-                f"{2 * round(needed)}"
+                f"a step and a save take about {needed:.0f} s, more than the signal_seconds={cluster.signal_seconds} "
+                f"that a job has before its time limit; set cluster.signal_seconds={2 * round(needed)}, or the "
+                "signal_seconds of the step in its pipeline"
             )
             return replace(row, notes=tuple(notes), problem=problem)
         return replace(row, notes=tuple(notes))
@@ -369,9 +376,3 @@ def _misfit(row: StepPlan, memory: Memory, limits: Limits, nearest: str | None) 
         f"{needed_bytes(memory) / GIB:,.1f} GiB needed per GPU ({shown}; {memory.moment}), and there are "
         f"{limits.gpu_bytes / GIB:,.1f}; {way_out}"
     )
-
-
-def _seconds(time_limit: str) -> int:
-    days, _, clock = time_limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds

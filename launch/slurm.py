@@ -59,7 +59,7 @@ def plan_jobs(
 
     Args:
         pipeline_name: as on the command line.
-        pipeline: says how many nodes a step needs.
+        pipeline: says what nodes and how much time a step needs.
         steps: planned from ``pipeline``.
         overrides: of the command line; the jobs get them too.
         cluster: nodes, time limit, signal.
@@ -75,7 +75,8 @@ def plan_jobs(
     jobs = []
     for step in todo:
         try:
-            nodes, processes = _shape(step, pipeline.steps[step.name].nodes, cluster)
+            own = cluster.for_step(pipeline.steps[step.name])
+            nodes, processes = _shape(step, pipeline.steps[step.name].nodes, own)
         except ValueError as error:
             raise ValueError(f"step {step.name}: {error}") from error
         after = tuple(dict.fromkeys(source for source in step.inputs.values() if source not in there))
@@ -87,8 +88,8 @@ def plan_jobs(
             after=after,
             nodes=nodes,
             processes=processes,
-            cluster=cluster,
-            grace_seconds=max(LEAST_GRACE_SECONDS, cluster.signal_seconds - max(15, cluster.signal_seconds // 10)),
+            cluster=own,
+            grace_seconds=max(LEAST_GRACE_SECONDS, own.signal_seconds - max(15, own.signal_seconds // 10)),
             options=site.sbatch_options(processes),
             site=site,
             directory=shlex.quote(str(Path.cwd())),
@@ -139,8 +140,7 @@ def _shape(step: PlannedStep, nodes: int | None, cluster: ClusterConfig) -> tupl
             f"nodes={nodes}, but stage {step.recipe.stage} runs in one process; leave nodes out of the pipeline",
         )
         return 1, 1
-    count = cluster.nodes if nodes is None else nodes
-    require(count >= 1, f"nodes={count} must be >= 1")
+    count = cluster.nodes
     if hasattr(step.config, "check_processes"):
         step.config.check_processes(count * cluster.gpus_per_node)
     elif hasattr(step.config, "engine"):

@@ -20,7 +20,7 @@ from distill.config import (
     require,
 )
 from distill.data.generation import GenerationConfig
-from distill.engine.layout import check_layout, check_objective_memory, check_options
+from distill.engine.layout import check_layout, check_objective_memory, check_options, check_whole_model
 from distill.teacher_cache import TeacherCacheConfig, check_objective
 from fusion.config import (
     DependencyConfig,
@@ -82,6 +82,9 @@ class GenerateTextStage:
     engine: EngineConfig
     """Its device and precision."""
     seed: int
+
+    def __post_init__(self) -> None:
+        check_whole_model(self.engine, "generate_text", may_shard=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +273,10 @@ class CacheTeacherStage:
 
     teacher_cache: TeacherCacheConfig
     engine: EngineConfig
-    """Its device, precision and compile."""
+    """Its device, precision and compile; with ``shard`` the blocks' weights are dealt over the processes."""
+
+    def __post_init__(self) -> None:
+        check_whole_model(self.engine, "cache_teacher", may_shard=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,29 @@ def check_options(engine: EngineConfig) -> None:
     _check_teacher_device(engine)
 
 
+def check_whole_model(engine: EngineConfig, stage: str, *, may_shard: bool) -> None:
+    """Compare ``engine`` with a stage whose processes share the work and each run a whole model.
+
+    Args:
+        engine: settings.
+        stage: named in the message.
+        may_shard: ``engine.shard`` deals the model's weights all the same.
+
+    Raises:
+        ValueError: a layout is asked for that the stage does not have.
+    """
+    asked = {
+        name: getattr(engine, name)
+        for name in ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "slices")
+        if getattr(engine, name) > 1
+    }
+    if engine.shard and not may_shard:
+        asked["shard"] = True
+    given = " ".join(f"engine.{name}={_plain(value)}" for name, value in asked.items())
+    ways = "engine=torch_bf16" + (", or engine=torch_fsdp to deal its weights" if may_shard else "")
+    require(not asked, f"{given}: every process of stage {stage} runs the model by itself; set {ways} for this step")
+
+
 def check_objective_memory(engine: EngineConfig, objective: ObjectiveConfig) -> None:
     """Compare what ``engine`` moves out of the way with what ``objective`` holds on to.
 

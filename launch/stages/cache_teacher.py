@@ -38,11 +38,6 @@ def run(config: CacheTeacherStage, inputs: Inputs, context: StageContext) -> Sta
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, teacher_dir, "teacher")
     check_cache(cache, architecture, dataset)
-    require(
-        config.engine.slices == 1,
-        f"engine.slices={config.engine.slices} deals the parent of a library; a teacher that does not fit on one "
-        "device is dealt with engine.shard=true",
-    )
     shards = plan_shards(cache)
     _write_missing(shards, config, teacher_dir, dataset, context)
     barrier()

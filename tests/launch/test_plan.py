@@ -163,7 +163,22 @@ def test_a_batch_that_cannot_be_dealt_is_a_problem() -> None:
 def test_a_save_that_takes_longer_than_the_signal_is_a_problem() -> None:
     step = planned(*SLURM, *DISTILL, "cluster.signal_seconds=20")["distilled"]
     assert step.problem is not None
-    assert "cluster.signal_seconds=20 that a job has before its time limit" in step.problem
+    assert "signal_seconds=20 that a job has before its time limit" in step.problem
+
+
+@pytest.mark.parametrize("name", ["ultra", "super_49b", "llama_8b", "smollm2"])
+def test_the_shipped_pipelines_fit_the_machines_that_they_ask_for(name: str) -> None:
+    plan = plan_pipeline(name, ["cluster=slurm"])
+    assert plan.problems == []
+    trained = [row for row in plan.steps if row.step_s is not None]
+    assert trained
+    assert all(row.needed_gib is not None and row.needed_gib < row.limit_gib for row in trained)
+
+
+def test_a_step_may_ask_for_its_own_nodes_and_grace() -> None:
+    steps = rows(plan_pipeline("ultra", ["cluster=slurm"]))
+    assert (steps["library"].nodes, steps["distilled"].nodes, steps["fused"].nodes) == (32, 64, 1)
+    assert rows(plan_pipeline("smollm2", ["cluster=slurm"]))["extended phase 0"].gpus == 2
 
 
 def test_utilization_and_memory_can_be_given() -> None:

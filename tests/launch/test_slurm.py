@@ -49,9 +49,15 @@ def overrides(pico_parent_dir: Path, tmp_path: Path) -> list[str]:
 
 
 def jobs_of(
-    overrides: list[str], run: RunDirectory, pipeline: str = "attention_fusion", site: SiteConfig | None = None
+    overrides: list[str],
+    run: RunDirectory,
+    pipeline: str = "attention_fusion",
+    site: SiteConfig | None = None,
+    asked: dict[str, StepConfig] | None = None,
 ) -> list[StepJob]:
+    """Jobs of a pipeline, some steps of which are replaced by ``asked``."""
     composed = compose_pipeline(pipeline, overrides)
+    composed = replace(composed, steps=composed.steps | (asked or {}))
     return plan_jobs(
         pipeline,
         composed,
@@ -88,7 +94,11 @@ def test_the_recipe_has_the_papers_budgets() -> None:
     """54B at 8k, 5B at 16k and 32k, 0.8B at 128k; then 73B at 8k and 15B at 258k with a rope factor of 16."""
     steps = {step.name: step.config for step in plan(compose_pipeline("ultra", []), [])}
     distilled = steps["distilled"].distill
-    phases = [*steps["extended"].extend_context.phases, *steps["pretrained"].extend_context.phases]
+    phases = [
+        phase
+        for name in ("extended", "extended_long", "pretrained", "pretrained_long")
+        for phase in steps[name].extend_context.phases
+    ]
     budgets = [(distilled.seq_len, distilled.max_tokens), *((phase.seq_len, phase.max_tokens) for phase in phases)]
     billion = 10**9
     assert budgets == [
@@ -100,8 +110,8 @@ def test_the_recipe_has_the_papers_budgets() -> None:
         (258048, 15 * billion),
     ]
     assert distilled.batch_size * distilled.seq_len == 512 * 8192
-    # All phases take as many tokens to a step, to within a sequence of the longest.
-    for phase in phases:
+    # All phases take as many tokens to a step, to within a sequence; the last, with as few sequences, twice as many.
+    for phase in phases[:-1]:
         assert abs(phase.batch_size * phase.seq_len - 512 * 8192) < 2**18
     assert phases[-1].rope.factor == 16.0
     assert steps["distilled"].objective.lm == 0.0
@@ -127,6 +137,17 @@ def test_settings_reach_the_job_as_they_were_typed(overrides: list[str], tmp_pat
     script = jobs_of(settings, RunDirectory(root=tmp_path, name="r"))[0].script
     assert "'fuse.groups=[[1, 2]]'" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_step_may_ask_for_its_own_machines(overrides: list[str], tmp_path: Path) -> None:
+    pipeline = compose_pipeline("attention_fusion", overrides)
+    step = replace(pipeline.steps["distilled"], nodes=2, gpus_per_node=4, time_limit="2-00:00:00", signal_seconds=900)
+    run = RunDirectory(root=tmp_path, name="r")
+    jobs = {job.step: job for job in jobs_of([*overrides, "cluster=slurm"], run, asked={"distilled": step})}
+    script = jobs["distilled"].script
+    assert [option(script, name) for name in ("nodes", "gpus-per-node", "time")] == ["2", "4", "2-00:00:00"]
+    assert option(script, "signal") == "B:USR2@900"
+    assert option(jobs["parent"].script, "time") == "04:00:00"
 
 
 def test_more_nodes_for_a_stage_of_one_process_are_refused(overrides: list[str], tmp_path: Path) -> None:
@@ -480,6 +501,10 @@ def _stop(*_: object, **__: object) -> None:
             "cluster.kind=slurm runs pipelines; prepare_data is",
         ),
         (["demo", "steps.data.cluster.nodes=2"], "cluster cannot be set for one step"),
+        (
+            ["demo", "cluster=slurm", "cluster.time_limit=00:04:00"],
+            "signal_seconds=300 is not before the start of a job",
+        ),
         (["demo", "cluster=slurm", "cluster.time_limit=4h"], "cluster.time_limit=4h is no time"),
     ],
 )

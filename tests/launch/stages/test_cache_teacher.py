@@ -154,12 +154,10 @@ def test_what_cannot_be_cached_is_refused_before_a_model_is_loaded(
         cached(tmp_path, inputs, **changes)
 
 
-def test_slices_are_not_how_a_teacher_is_dealt(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
-    config = replace(CONFIG, engine=EngineConfig(device="cpu", slices=2))
-    with pytest.raises(
-        ValueError, match=r"engine.slices=2 deals the parent of a library.*dealt with engine.shard=true"
-    ):
-        cache_teacher.run(config, inputs, context_in(tmp_path))
+@pytest.mark.parametrize("option", ["slices", "tensor_parallel", "pipeline_parallel", "sequence_parallel"])
+def test_what_would_deal_one_model_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"engine.{option}=2: every process of stage cache_teacher.*torch_fsdp"):
+        replace(CONFIG, engine=EngineConfig(device="cpu", **{option: 2}))
 
 
 def test_distillation_from_the_cache_is_that_from_the_teacher(tmp_path: Path, inputs: dict[str, Artifact]) -> None:

@@ -160,6 +160,14 @@ def test_draws_have_the_frequencies_of_the_probabilities() -> None:
     assert ((counts / 200_000 - probs).abs() < 4 * (probs / 200_000).sqrt()).all()
 
 
+def test_what_would_deal_one_model_is_refused() -> None:
+    engine = EngineConfig(device="cpu", tensor_parallel=2, shard=True)
+    with pytest.raises(
+        ValueError, match=r"engine.tensor_parallel=2 engine.shard=true: every process of stage generate_text.*engine="
+    ):
+        GenerateTextStage(generation=GenerationConfig(max_tokens=10), engine=engine, seed=0)
+
+
 def test_what_cannot_be_sampled_is_refused(pico_parent_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"document_tokens=256 is beyond the 256 positions .* at most 255"):
         _generate(tmp_path, pico_parent_dir, replace(GENERATION, document_tokens=256))
