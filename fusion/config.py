@@ -7,6 +7,7 @@ from typing import Literal
 
 from distill.config import PLACEMENT, OptimConfig, TrainConfig, require
 from puzzle.config import HardwareConfig
+from puzzle.model.targets import Target
 
 Span = tuple[int, int]
 """First and last block, inclusive."""
@@ -109,6 +110,8 @@ class FuseConfig:
     needs group scores and choose=most_gain. null: no bound."""
     groups: tuple[Span, ...] | None = None
     """First and last block (inclusive) of every group, chosen by hand; null: chosen from the runs."""
+    targets: tuple[Target, ...] = ()
+    """Engines that the model is for, as in export.targets: where one of them cannot load it, nothing is fused."""
     treatment: Literal["fuse", "reverse", "remove"] = "fuse"
     """What is done to the groups. The paper's controls (section 5.2, Table 6): reverse runs their FFNs in the opposite
     order, remove drops those of them that cost the least when one alone is dropped."""

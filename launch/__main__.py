@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from distill import wandb_run
 from launch import console, preemption, processes
 from launch.artifact import Artifact
 from launch.config import (
@@ -36,7 +38,11 @@ from launch.rundir import RunDirectory
 from launch.single_step import finishing, run_step
 from launch.stage import StageContext
 from launch.store import Store
+from launch.wandb_steps import get_or_compute
 
+READING_COMMANDS = {"plan": "launch.plan_table", "dashboard": "launch.dashboard"}
+"""Commands that run no stage, by the module whose ``run`` takes what stands behind them. Of use to no other command, so
+they are imported when they are asked for."""
 STATUS_VARIABLE = "FUSION_JOB_STATUS"
 """Environment variable: a file for the exit status of the process that knows why all of them end. Behind torchrun,
 whose own status says nothing, a job script goes by it; a job that ended without a word leaves none."""
@@ -48,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     # What went wrong is said before the other processes hear of it: torchrun ends all when one has ended.
     command = functools.partial(_status_of, functools.partial(_command, options, overrides))
-    if processes.count() > 1 and not options.dry_run and options.target not in ("report", "plan"):
+    if processes.count() > 1 and not options.dry_run and options.target not in ("report", *READING_COMMANDS):
         status = _status_of(functools.partial(processes.run, command))
     else:
         status = command() if processes.is_first() else 0
@@ -96,11 +102,9 @@ def _tell_job(status: int) -> None:
 
 
 def _command(options: argparse.Namespace, overrides: list[str]) -> int:
-    if options.target == "plan":
-        # Its modules are of use to no other command.
-        from launch.plan_table import run as run_plan
-
-        return run_plan(overrides)
+    if options.target in READING_COMMANDS:
+        status: int = importlib.import_module(READING_COMMANDS[options.target]).run(overrides)
+        return status
     unknown = [text for text in overrides if text.startswith("-")]
     if unknown:
         raise ValueError(
@@ -130,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Puzzle search, attention pruning, FFN Fusion and distillation of a decoder.",
         epilog=(
             f"{targets}\nreport: `report <run directory>` writes a finished run's report again\n"
-            "plan: `plan <pipeline> [overrides] [--json]` says what fits, how long it takes and what it costs"
+            "plan: `plan <pipeline> [overrides] [--json]` says what fits, how long it takes and what it costs\n"
+            "dashboard: `dashboard <run> [project=... entity=...] [--json]` saves a W&B workspace"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -143,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known_target(target: str) -> str:
-    known = [*pipeline_names(), *STAGES, "report", "plan"]
+    known = [*pipeline_names(), *STAGES, "report", *READING_COMMANDS]
     if target not in known:
         raise ValueError(f"unknown stage or pipeline {target!r}; known are {', '.join(known)}")
     return target
@@ -280,9 +285,10 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
         console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
         return
     check_processes(stage, config)
-    job = make_job(recipe, config, inputs, context=_context(settings, run, store))
+    context = _context(settings, run, store)
+    job = make_job(recipe, config, inputs, context=context)
     listener = console.listener(1)
-    artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
+    artifact, cached = get_or_compute(job, config, store=store, context=context, say=listener.waiting)
     listener.finished(name, artifact, cached)
     console.say(f"artifact: {artifact.path}")
 
@@ -291,6 +297,7 @@ def _settings(
     target: str, pipeline: PipelineConfig | None, overrides: list[str]
 ) -> tuple[RunSettings, RunDirectory, Store]:
     settings = run_settings(pipeline, overrides)
+    wandb_run.check(settings.tracking)
     root = Path(settings.run.root).expanduser().absolute()
     run = RunDirectory(root=root, name=settings.run.name or run_name(target, overrides))
     return settings, run, Store(run.store, checksums=settings.run.verify == "full")
@@ -299,6 +306,7 @@ def _settings(
 def _context(settings: RunSettings, run: RunDirectory, store: Store) -> StageContext:
     return StageContext(
         out=run.path,
+        run_dir=run.path,
         resume=run.path,
         pool=store.pool,
         run_name=run.name,

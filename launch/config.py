@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import dacite
 import hydra
@@ -260,8 +260,19 @@ def _build(config_class: type, tree: Mapping[str, Any]) -> Any:
         return dacite.from_dict(config_class, _tuples(nodes), dacite.Config(strict=True, type_hooks={float: _to_float}))
     except dacite.UnexpectedDataError as error:
         raise ValueError(f"unknown key: {error}") from error
+    except dacite.WrongTypeError as error:
+        choices = ", ".join(_choices(error.field_type))
+        given = f"={list(error.value)}" if isinstance(error.value, tuple) else ""
+        message = f"{error.field_path}{given} must be a list, in brackets, of {choices}" if choices else f"{error}"
+        raise ValueError(message) from error
     except dacite.DaciteFieldError as error:
         raise ValueError(f"{error}") from error
+
+
+def _choices(field_type: Any) -> list[str]:
+    """What the items of a ``tuple[Literal[...], ...]`` may be; empty for any other type."""
+    items = [item for item in get_args(field_type) if get_origin(field_type) is tuple and get_origin(item) is Literal]
+    return [str(choice) for item in items for choice in get_args(item)]
 
 
 def _tuples(value: Any) -> Any:

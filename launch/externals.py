@@ -207,7 +207,7 @@ def hub_snapshot(
     kind: str = "model",
     is_whole: Callable[[Path], bool] = Path.is_dir,
 ) -> Path:
-    """Directory with the top-level files of a hub repository that match, downloaded unless cached; named by its commit.
+    """Directory with the files of a hub repository that match, downloaded unless cached; named by its commit.
 
     ``is_whole`` says whether a directory of the cache may stand for the repository when the hub is out of reach: an
     earlier look at one small file leaves a directory there too.
@@ -225,7 +225,6 @@ def hub_snapshot(
                     repo_type=kind,
                     revision=revision,
                     allow_patterns=allow_patterns,
-                    ignore_patterns=["*/*"],
                     local_files_only=local_files_only,
                 )
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distill import wandb_run
 from distill.config import require
 from launch import processes
 from launch.artifact import Artifact, DamagedArtifactError, Manifest, Recipe, fingerprinted_config
@@ -28,6 +29,7 @@ from launch.registry import STAGES, Stage
 from launch.rundir import RESERVED_NAMES, RunDirectory
 from launch.stage import StageContext
 from launch.store import Job, Store
+from launch.wandb_steps import get_or_compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +155,10 @@ def run_steps(
         Artifacts by step name, in order.
 
     Raises:
-        ValueError: a step refused its input, or the processes cannot be dealt into slices; names the step.
+        ValueError: a step refused its input, or the processes cannot be dealt into slices; names the step. Or W&B is
+            asked for and cannot start.
     """
+    wandb_run.check(context.tracking)
     for step in steps:
         try:
             check_processes(step.stage, step.config)
@@ -165,9 +169,10 @@ def run_steps(
         change = describe_change(run.linked(step.name), step.recipe)
         listener.started(step.name, step.recipe.stage, change)
         inputs = {name: artifacts[source] for name, source in step.inputs.items()}
+        own = replace(context, step_name=step.name)
         try:
-            job = make_job(step.recipe, step.config, inputs, context=replace(context, step_name=step.name))
-            artifact, cached = store.get_or_compute(job, on_wait=listener.waiting)
+            job = make_job(step.recipe, step.config, inputs, context=own)
+            artifact, cached = get_or_compute(job, step.config, store=store, context=own, say=listener.waiting)
         except ValueError as error:
             kind = DamagedArtifactError if isinstance(error, DamagedArtifactError) else ValueError
             raise kind(f"step {step.name}: {error}") from error

@@ -117,7 +117,7 @@ def _dense(config: Mapping[str, Any], file: Path) -> Architecture:
         max_positions=config.get("max_position_embeddings", 2048),
         rope=RopeConfig(theta=float(config.get("rope_theta", 10_000.0))),
         # transformers' default where the key is absent.
-        tie_embeddings=config.get("tie_word_embeddings", kind not in ("llama", "mistral")),
+        tie_embeddings=config.get("tie_word_embeddings", kind not in ("llama", "mistral", "phi3")),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
     )

@@ -24,16 +24,6 @@ class RecoveryCurve:
     values: tuple[float, ...]
 
 
-def gap_closed_frac(*, parent: float, reference: float, model: float) -> float | None:
-    """Share of the gap between ``reference`` and ``parent`` that ``model`` closes; losses in nats per token.
-
-    1 means the parent's loss, 0 the reference's; more than 1 is better than the parent, less than 0 worse than the
-    reference. None where the reference is not worse than the parent, so that there is nothing to recover.
-    """
-    gap = reference - parent
-    return (reference - model) / gap if gap > 0 else None
-
-
 def reference_model(lm_loss: Mapping[str, float], stages: Mapping[str, str], parent: str = "parent") -> str | None:
     """The model that recovery is counted from: the worst LM loss among those that surgery made.
 

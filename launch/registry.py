@@ -248,5 +248,7 @@ STAGES: dict[str, Stage] = {
         output="report",
         externals="launch.externals:hardware",
     ),
-    "export": Stage(config=ExportStage, body="launch.stages.export:run", inputs={"model": "model"}, output="export"),
+    "export": Stage(
+        config=ExportStage, body="launch.stages.export:run", inputs={"model": "model"}, output="export", version=2
+    ),
 }

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.recovered import gap_closed_frac
 from launch.artifact import Artifact
 from launch.finished_run import PARENT, FinishedRun, num_attentions, read_architecture, read_json
 from launch.page import render_page
-from launch.recovery import TRAINING_STAGES, gap_closed_frac, reference_model
+from launch.recovery import TRAINING_STAGES, reference_model
 from launch.search_section import searches
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture

@@ -14,7 +14,7 @@ import filelock
 from launch.artifact import Artifact
 from launch.store import make_directory
 
-RESERVED_NAMES = ("report", "store")
+RESERVED_NAMES = ("report", "store", "wandb")
 """Names that a step may not have: they stand beside the steps' links."""
 
 

@@ -41,7 +41,7 @@ def searches(run: FinishedRun) -> list[dict[str, Any]]:
             continue
         found = read_json(artifact.path / "solution.json")
         best = found["solutions"][0]
-        latency, fused = _latency_fracs(best)
+        latency, fused = latency_fracs(best)
         removed = [parse_variant(variant)[0].is_no_op for variant in best["blocks"]] if _is_ours(best) else None
         rows.append(
             {
@@ -74,7 +74,7 @@ def _is_ours(solution: Mapping[str, Any]) -> bool:
         return False
 
 
-def _latency_fracs(solution: Mapping[str, Any]) -> tuple[float | None, float | None]:
+def latency_fracs(solution: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Predicted latency as a fraction of the parent's at the same batch size: nothing fused, and after fusion."""
     parent_ms = solution["parent_costs"].get("latency_ms")
     if not parent_ms:
@@ -107,7 +107,7 @@ def _search_points(solutions: Sequence[Mapping[str, Any]]) -> list[figures.Searc
     return [
         figures.SearchPoint(latency_frac=fused, score=solution["score"], batch_size=solution["batch_size"])
         for solution in solutions
-        if (fused := _latency_fracs(solution)[1]) is not None
+        if (fused := latency_fracs(solution)[1]) is not None
     ]
 
 

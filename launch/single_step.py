@@ -11,12 +11,14 @@ from dataclasses import replace
 
 import filelock
 
+from distill import wandb_run
 from distill.config import require
 from launch.artifact import MANIFEST_NAME, Artifact, Recipe
 from launch.pipeline import Listener, PlannedStep, check_processes, describe_change, make_job
 from launch.rundir import RunDirectory
 from launch.stage import StageContext
 from launch.store import Store
+from launch.wandb_steps import get_or_compute
 
 MACHINE_EXTERNALS = frozenset({"device", "threads", "torch", "all_reduce"})
 """Externals that say where something was measured, not what of."""
@@ -56,8 +58,10 @@ def run_step(
         Artifacts of all steps in order, if this was the last one missing.
 
     Raises:
-        ValueError: there is no such step, an input is not committed, the processes do not suit it, or it refused.
+        ValueError: there is no such step, an input is not committed, the processes do not suit it, it refused,
+            or W&B is asked for and cannot start.
     """
+    wandb_run.check(context.tracking)
     by_name = {step.name: step for step in steps}
     require(name in by_name, f"--step {name}: no such step; steps are {', '.join(by_name)}")
     step, found = by_name[name], committed(steps, store=store, run=run)
@@ -98,8 +102,9 @@ def _compute(
     recipe = _recipe(step, found)
     listener.started(step.name, recipe.stage, describe_change(run.linked(step.name), recipe))
     inputs = {key: found[source] for key, source in step.inputs.items()}
-    job = make_job(recipe, step.config, inputs, context=replace(context, step_name=step.name))
-    return store.get_or_compute(job, on_wait=listener.waiting)
+    own = replace(context, step_name=step.name)
+    job = make_job(recipe, step.config, inputs, context=own)
+    return get_or_compute(job, step.config, store=store, context=own, say=listener.waiting)
 
 
 def _recipe(step: PlannedStep, found: Mapping[str, Artifact]) -> Recipe:

@@ -35,6 +35,8 @@ class StageContext:
     step_name: str
     """Name of the step within it."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run_dir: Path | None = None
+    """Directory of the pipeline run, where W&B keeps its files; None: W&B keeps them where it does by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

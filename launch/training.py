@@ -18,6 +18,7 @@ from distill.data.batch import Batch
 from distill.data.dataset import Batches, TokenDataset, documents_apart, within_data
 from distill.engine.base import create_engine
 from distill.engine.setup import TrainingSetup
+from distill.recovered import Recovery
 from distill.tracking import Tracker
 from distill.trainer import TrainResult, train
 from launch import preemption
@@ -184,8 +185,13 @@ def only_whole(directory: Path) -> Iterator[Path | None]:
 
 
 @contextmanager
-def tracking(context: StageContext, *, stage: str, config: Any) -> Iterator[Tracker | None]:
-    """The tracker of ``stage`` in the first process, None in the others."""
+def tracking(
+    context: StageContext, *, stage: str, config: Any, starts_untrained: bool = False
+) -> Iterator[Tracker | None]:
+    """The tracker of ``stage`` in the first process, None in the others.
+
+    Rows of evaluations say what is recovered; ``starts_untrained`` as in :class:`distill.recovered.Recovery`.
+    """
     if not distributed.is_main():
         yield None
         return
@@ -197,6 +203,7 @@ def tracking(context: StageContext, *, stage: str, config: Any) -> Iterator[Trac
         stage=stage,
         settings=asdict(config),
         resume_dir=context.resume,
+        further=Recovery(starts_untrained=starts_untrained),
     ) as tracker:
         yield tracker
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
+from puzzle.model.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +319,9 @@ class SearchConfig:
     """Batch sizes that are tried, each in a search of its own; empty: all that the costs have."""
     fusion_aware: bool = True
     """Latencies are less what the merges of attention-free runs will save, each at the costs' one price per merge."""
+    targets: tuple[Target, ...] = ()
+    """Engines that the child is for, as in export.targets: variants that one of them cannot load as they were costed
+    are left out."""
     num_solutions: int = 1
     """Solutions to find, each differing from all before it in at least min_different_frac of the blocks."""
     min_different_frac: float = 0.2
@@ -393,13 +397,11 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A directory that stock engines load."""
+    """What stock engines load."""
 
-    targets: tuple[Literal["transformers", "vllm", "sglang", "llama_cpp", "mlx", "megatron"], ...] = (
-        "transformers",
-        "vllm",
-    )
-    """Engines that must be able to load it: one that cannot makes the stage fail. The report covers all."""
+    targets: tuple[Target, ...] = ("transformers", "vllm")
+    """Engines that it is written for: transformers, vllm, sglang, llama_cpp, mlx, megatron. One that cannot load the
+    model makes the stage fail. The report covers all."""
     max_shard_gib: float = 4.0
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ def attention_variants(parent: Architecture, index: int, space: SpaceConfig) -> 
     variants = [own]
     if own.num_kv_heads is not None:
         counts = _kv_head_counts(space, own.num_kv_heads, index)
-        variants.extend(AttentionConfig(num_kv_heads=heads) for heads in counts)
+        variants.extend(replace(own, num_kv_heads=heads) for heads in counts)
         if space.attention_linear:
             variants.append(AttentionConfig(kind="linear"))
     if space.attention_no_op:

@@ -37,10 +37,10 @@ def parse_attention(name: str) -> AttentionConfig:
         return NO_ATTENTION
     if name == "linear":
         return AttentionConfig(kind="linear")
-    heads = re.fullmatch(r"kv([1-9]\d*)", name)
+    heads = re.fullmatch(r"kv([1-9]\d*)(_nope)?", name)
     if heads is None:
-        raise ValueError(f"attention variant {name!r} is none of kv<heads>, linear, {NO_ATTENTION.name}")
-    return AttentionConfig(num_kv_heads=int(heads[1]))
+        raise ValueError(f"attention variant {name!r} is none of kv<heads>[_nope], linear, {NO_ATTENTION.name}")
+    return AttentionConfig(num_kv_heads=int(heads[1]), rope=heads[2] is None)
 
 
 def parse_ffn(name: str) -> FFNConfig:

@@ -30,7 +30,7 @@ from puzzle.analytic import PhaseTimes, cost_table, phases, subblock_name, swigl
 from puzzle.config import CostConfig, WorkloadConfig
 from puzzle.model import stats
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
-from puzzle.model.compatibility import compatibility
+from puzzle.model.compatibility import report
 from puzzle.model.hf_config import hf_config
 from puzzle.shard import Shard, Subblock
 from puzzle.tables import CostTable
@@ -52,10 +52,10 @@ MEMORY_FRACTION = 0.1
 def require_vllm(parent: Architecture, subblocks: Sequence[Subblock], *, workload: WorkloadConfig) -> None:
     """Raise ``ValueError`` where :func:`vllm_table` would, before anything is measured."""
     blocks = (_standard_block(parent), *(_alone(subblock) for subblock in subblocks))
-    (report,) = (r for r in compatibility(parent.with_blocks(blocks)) if r.target == "vllm")
+    found = report("vllm", parent.with_blocks(blocks))
     require(
-        report.status == "loads",
-        f"costs.sources: vllm cannot run this parent and space: {'; '.join(report.reasons)}; "
+        found.status != "cannot",
+        f"costs.sources: vllm cannot run this parent and space: {'; '.join(found.reasons)}; "
         "take that out of the space, or leave vllm out of costs.sources",
     )
     _import_vllm(workload)

@@ -44,7 +44,8 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
         setup = TrainingSetup(student=student, objective=config.objective, teacher=teacher, layer_map=pairs)
         num_sequences = None
     data = training_data(dataset, config.distill, seed=config.seed, node="distill", num_sequences=num_sequences)
-    with tracking(context, stage="distill", config=config) as tracker:
+    tokens_before = uptraining_tokens(inputs["student"])
+    with tracking(context, stage="distill", config=config, starts_untrained=tokens_before == 0) as tracker:
         result = run_engine(
             setup,
             data,
@@ -53,7 +54,7 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
             seed=config.seed,
             resume_dir=context.resume,
             tracker=tracker,
-            tokens_before=uptraining_tokens(inputs["student"]),
+            tokens_before=tokens_before,
             desc=context.step_name,
             out=context.out,
         )

@@ -1,85 +1,168 @@
-"""Stage export: a directory that stock engines load, and a report of which ones do."""
+"""Stage export: what each named engine loads, written for it, and a report of all engines.
+
+Engines that take the model in the same form share one directory, which is the artifact itself where no other form is
+asked for. Otherwise every engine has a directory of its own name.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from distill.config import require
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import ExportStage
-from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, BlockConfig, FFNConfig
-from puzzle.model.checkpoint import CheckpointWriter, TensorReader, copy_tokenizer, read_architecture
-from puzzle.model.compatibility import TargetReport, compatibility
-from puzzle.model.tensor_layout import EMBEDDING, block_prefix, block_shapes, other_shapes
+from puzzle.config import ExportConfig
+from puzzle.model.architecture import Architecture
+from puzzle.model.checkpoint import TensorReader, check_tensors, has_tokenizer, read_architecture
+from puzzle.model.compatibility import TargetReport, compatibility, require_loadable
+from puzzle.model.rewrites import rewritten
+from puzzle.model.rewritten_tensors import rewritten_tensors
+from puzzle.model.target_directory import add_megatron_files, link_directory, write_hf_directory
+from puzzle.model.targets import Target
+from puzzle.model.tensor_layout import EMBEDDING
 
 REPORT_NAME = "compatibility.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The model as some engines get it."""
+
+    architecture: Architecture
+    is_gguf: bool
+    targets: tuple[Target, ...]
+
+
 def run(config: ExportStage, inputs: Inputs, context: StageContext) -> StageResult:
-    """Write the model for ``export.targets``, without dummy blocks; ``compatibility.json`` reports on all engines."""
+    """Write the model for ``export.targets``; ``compatibility.json`` reports on all engines.
+
+    Raises:
+        ValueError: an engine of ``export.targets`` cannot load the model, whatever is rewritten (nothing is written
+            then), or a weight is infinite or no number.
+    """
     export, model_dir = config.export, inputs["model"].path
     source = read_architecture(model_dir)
-    kept = [index for index, block in enumerate(source.blocks) if not _is_dummy(block)]
-    fill_ffns = "llama_cpp" in export.targets
-    exported = replace(
-        source,
-        blocks=tuple(_exported(source.blocks[index], fill_ffns=fill_ffns) for index in kept),
-        # A window has no dummies, so both its ends are kept.
-        parallel_windows=tuple((kept.index(first), kept.index(last)) for first, last in source.parallel_windows),
-    )
-    reports = compatibility(exported)
-    _require_targets(reports, export.targets)
-
+    require(len(export.targets) > 0, "export.targets is empty; name an engine")
+    require_loadable(source, export.targets, name="export.targets")
+    require(has_tokenizer(model_dir), f"{model_dir} has no tokenizer, and the export needs one; import the model anew")
+    forms = _forms(source, export.targets)
     with TensorReader(model_dir) as reader:
-        dtype, max_shard_bytes = reader.dtype(EMBEDDING), int(export.max_shard_gib * 2**30)
-        with CheckpointWriter(context.out, exported, dtype=dtype, max_shard_bytes=max_shard_bytes) as writer:
-            for name, tensor in _tensors(reader, source, exported, kept):
-                writer.add(name, tensor)
-    copy_tokenizer(model_dir, context.out)
-    content = {"targets": [report.as_json() for report in reports]}
-    (context.out / REPORT_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        check_tensors(reader, source)
+        paths = _write(forms, reader, source, context.out, export)
+    reports = compatibility(source)
+    entries = [{**report.as_json(), "path": paths.get(report.target)} for report in reports]
+    (context.out / REPORT_NAME).write_text(json.dumps({"targets": entries}, indent=1) + "\n", encoding="utf-8")
+    _show(reports, paths)
+    num_blocks = {target: form.architecture.num_blocks for form in forms for target in form.targets}
     return StageResult(
-        headline=f"loads in {', '.join(export.targets)}; {exported.num_blocks} of {source.num_blocks} blocks written",
+        headline=_headline(reports, paths, source),
         metrics={
-            "num_blocks": exported.num_blocks,
-            "num_dropped_blocks": source.num_blocks - exported.num_blocks,
+            "num_blocks": num_blocks[export.targets[0]],
+            "num_dropped_blocks": source.num_blocks - num_blocks[export.targets[0]],
             "targets": {report.target: report.status for report in reports},
+            "paths": paths,
         },
     )
 
 
-def _is_dummy(block: BlockConfig) -> bool:
-    return block.attention.is_no_op and block.ffn.is_no_op
+def _forms(source: Architecture, targets: Iterable[Target]) -> list[Form]:
+    """Targets that get the same, together."""
+    forms: list[Form] = []
+    for target in dict.fromkeys(targets):
+        architecture, _ = rewritten(target, source)
+        is_gguf = target == "llama_cpp"
+        same = [form for form in forms if form.architecture == architecture and form.is_gguf == is_gguf]
+        together = (*(same[0].targets if same else ()), target)
+        forms = [form for form in forms if form not in same]
+        forms.append(Form(architecture=architecture, is_gguf=is_gguf, targets=together))
+    return forms
 
 
-def _exported(block: BlockConfig, *, fill_ffns: bool) -> BlockConfig:
-    """``block``, with an FFN of zeros in place of none: llama.cpp drops the attention of a block that has no FFN."""
-    if fill_ffns and block.ffn.is_no_op:
-        return replace(block, ffn=FFNConfig(ffn_dim=FFN_DIM_MULTIPLE))
-    return block
+def _write(
+    forms: list[Form], reader: TensorReader, source: Architecture, out: Path, export: ExportConfig
+) -> dict[Target, str]:
+    """Path of what each target loads, relative to the artifact."""
+    dtype = reader.dtype(EMBEDDING)
+    vocabularies = {form.targets: _check_gguf(form, reader, dtype) for form in forms if form.is_gguf}
+    paths: dict[Target, str] = {}
+    for form in forms:
+        names = ["."] if len(forms) == 1 else list(form.targets)
+        tensors = rewritten_tensors(reader, source, form.architecture)
+        if form.is_gguf:
+            file = _write_gguf(out / names[0], form, tensors, reader, vocabularies[form.targets])
+            paths |= dict.fromkeys(form.targets, file.relative_to(out).as_posix())
+            continue
+        write_hf_directory(
+            out / names[0],
+            form.architecture,
+            tensors,
+            dtype=dtype,
+            max_shard_bytes=int(export.max_shard_gib * 2**30),
+            tokenizer_from=reader.directory,
+        )
+        for name in names[1:]:
+            link_directory(out / names[0], out / name)
+        paths |= {target: "." if names == ["."] else target for target in form.targets}
+        if "megatron" in form.targets:
+            add_megatron_files(out / paths["megatron"], form.architecture, dtype)
+    return paths
 
 
-def _require_targets(reports: Sequence[TargetReport], targets: Sequence[str]) -> None:
-    refused = [report for report in reports if report.target in targets and report.status == "cannot"]
-    reasons = "; ".join(f"{report.target} cannot load this model: {', '.join(report.reasons)}" for report in refused)
-    names = ", ".join(report.target for report in refused)
-    require(not refused, f"export.targets: {reasons}; leave {names} out of export.targets")
+def _write_gguf(
+    directory: Path, form: Form, tensors: Iterable[tuple[str, Tensor]], reader: TensorReader, vocabulary: Any
+) -> Path:
+    from puzzle.model.gguf_export import GGUF_NAME, write_gguf
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_gguf(
+        directory / GGUF_NAME,
+        form.architecture,
+        tensors,
+        dtype=reader.dtype(EMBEDDING),
+        vocabulary=vocabulary,
+        tokenizer_from=reader.directory,
+    )
+    return directory / GGUF_NAME
 
 
-def _tensors(
-    reader: TensorReader, source: Architecture, exported: Architecture, kept: Sequence[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of ``exported``, whose block i is block ``kept[i]`` of ``source``."""
-    for name in other_shapes(exported):
-        yield name, reader.read(name)
-    for index, origin in enumerate(tqdm(kept, desc="export", unit="block", leave=False)):
-        stored = block_shapes(source, source.blocks[origin])
-        for name, shape in block_shapes(exported, exported.blocks[index]).items():
-            tensor = reader.read(block_prefix(origin) + name) if name in stored else torch.zeros(shape)
-            yield block_prefix(index) + name, tensor
+def _check_gguf(form: Form, reader: TensorReader, dtype: torch.dtype) -> Any:
+    """The vocabulary of the GGUF file, once everything that would keep it from being written is looked at."""
+    try:
+        from puzzle.model.gguf_export import require_storable
+        from puzzle.model.gguf_vocabulary import read_vocabulary
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"export.targets: llama_cpp gets a GGUF file, which needs package {error.name}; run "
+            "`pip install -e '.[gguf]'`, or leave llama_cpp out"
+        ) from error
+    require_storable(form.architecture, dtype)
+    return read_vocabulary(reader.directory, form.architecture.vocab_size)
+
+
+def _show(reports: Iterable[TargetReport], paths: Mapping[Target, str]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("target", "loads", "how", "written to"):
+        table.add_column(column, overflow="fold")
+    for report in reports:
+        words = {"loads": "as it is", "loads_rewritten": "after an exact rewrite", "cannot": "cannot"}
+        how = "; ".join(report.reasons or report.rewrites)
+        table.add_row(report.target, words[report.status], how, paths.get(report.target, ""))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _headline(reports: Iterable[TargetReport], paths: Mapping[Target, str], source: Architecture) -> str:
+    parts = []
+    for report in reports:
+        if report.target in paths:
+            rewrites = f" ({'; '.join(report.rewrites)})" if report.rewrites else ""
+            parts.append(f"{report.target}{rewrites}")
+    return f"{source.num_blocks} blocks load in {', '.join(parts)}"

@@ -17,6 +17,7 @@ from fusion.grouping import (
     Group,
     block_spans,
     format_groups,
+    fused_architecture,
     fusion_groups,
     group_width,
     largest_dependency,
@@ -28,6 +29,7 @@ from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import FuseStage
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, copy_tokenizer, has_tokenizer, read_architecture
+from puzzle.model.compatibility import require_loadable
 from puzzle.model.tensor_layout import EMBEDDING
 
 DURATIONS = {"decode": "per decoded token", "prefill": "of prefill", "request": "per request"}
@@ -77,6 +79,9 @@ def run(config: FuseStage, inputs: Inputs, context: StageContext) -> StageResult
     with TensorReader(model_dir) as reader:
         itemsize = reader.dtype(EMBEDDING).itemsize
     groups = fusion_groups(unfused, config.fuse, found.matrix, found.table, itemsize=itemsize)
+    is_fused = config.fuse.treatment == "fuse"
+    planned = fused_architecture(unfused, groups) if is_fused else unfused
+    require_loadable(planned, config.fuse.targets, name="fuse.targets")
     treated = _treat(config.fuse, model_dir, context.out, groups, found)
     copy_tokenizer(model_dir, context.out)
 

@@ -1,4 +1,4 @@
-"""Stage import_parent: a pretrained checkpoint becomes a model artifact."""
+"""Stage import_parent: a pretrained checkpoint, dense or heterogeneous already, becomes a model artifact."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from puzzle.config import ModelConfig
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TOKENIZER_FILES, has_tokenizer
-from puzzle.model.convert import import_hf, source_architecture
+from puzzle.model.convert import import_hf, source_layout
 
-HUB_FILES = ["model*.safetensors*", "*.json", *TOKENIZER_FILES]
-"""Beside these, hubs keep the same weights in other formats and pickles that are never read."""
+HUB_FILES = [
+    "model*.safetensors*",
+    "subblocks_safetensors/*.safetensors",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+]
+"""Beside these, hubs keep the same weights in other formats and pickles that are never read. AnyModel checkpoints have
+their shards in a folder."""
 
 
 def run(config: ImportParentStage, inputs: Inputs, context: StageContext) -> StageResult:
@@ -40,13 +47,14 @@ def _checkpoint(model: ModelConfig) -> Path:
 
 
 def _is_whole(directory: Path) -> bool:
-    return any(directory.glob("model*.safetensors")) and has_tokenizer(directory)
+    shards = (*directory.glob("model*.safetensors"), *directory.glob("subblocks_safetensors/*.safetensors"))
+    return bool(shards) and has_tokenizer(directory)
 
 
 def _import(source: Path, out: Path, dtype: torch.dtype) -> Architecture:
     if source.is_file():
         return _import_gguf(source, out, dtype)
-    source_architecture(source)  # What cannot be imported at all is said first.
+    source_layout(source)  # What cannot be imported at all is said first.
     require(
         has_tokenizer(source),
         f"model.source={source} has no tokenizer.json or tokenizer.model; put the model's tokenizer beside its weights",

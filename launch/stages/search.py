@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from puzzle.search_problem import (
     costs_of,
 )
 from puzzle.tables import CostFile, ScoreTable, parse_variant
+from puzzle.target_space import loadable_variants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +123,23 @@ def _read(search: SearchConfig, inputs: Inputs) -> Tables:
     else:
         found = CostFile.read(inputs["costs"].path / "costs.json")
     if not isinstance(found, CostFile):
+        require(
+            not search.targets,
+            f"search.targets=[{','.join(search.targets)}] goes by the parent's architecture, which search.costs="
+            f"{search.costs} does not say; give a costs.json, or leave rows out of your table and search.targets empty",
+        )
         assert scores.parent is not None
         return Tables(scores=scores, costs=found, parent=scores.parent)
-    parent = tuple(block.name for block in architecture_from_config(found.architecture).blocks)
+    architecture = architecture_from_config(found.architecture)
+    parent = tuple(block.name for block in architecture.blocks)
     require(
         len(scores.by_block) == len(parent),
         f"scores cover {len(scores.by_block)} blocks, the parent of the costs has {len(parent)}; "
         "take both from one parent",
     )
+    if search.targets:
+        by_block = loadable_variants(architecture, scores.by_block, search.targets, base=scores.base)
+        scores = replace(scores, by_block=by_block)
     of_source = list(found.of_source(search.cost_table).values())
     return Tables(
         scores=scores,

@@ -29,12 +29,15 @@ class AttentionConfig:
 
     kind: Literal["gqa", "linear", "no_op"] = "gqa"
     num_kv_heads: int | None = None
+    rope: bool = True
+    """Queries and keys are rotated; false in the NoPE blocks of a parent that has some (SmolLM3)."""
 
     def __post_init__(self) -> None:
         require(
             (self.kind == "gqa") == (self.num_kv_heads is not None),
             f"attention of kind {self.kind} with num_kv_heads={self.num_kv_heads}: gqa alone has a count",
         )
+        require(self.rope or self.kind == "gqa", f"attention of kind {self.kind} with rope=false: gqa alone rotates")
 
     @property
     def is_no_op(self) -> bool:
@@ -43,8 +46,8 @@ class AttentionConfig:
 
     @property
     def name(self) -> str:
-        """Short name in tables: ``kv8``, ``linear``, ``no_op``."""
-        return f"kv{self.num_kv_heads}" if self.kind == "gqa" else self.kind
+        """Short name in tables: ``kv8``, ``kv8_nope`` (without rotary positions), ``linear``, ``no_op``."""
+        return f"kv{self.num_kv_heads}{'' if self.rope else '_nope'}" if self.kind == "gqa" else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,26 @@
 """Which serving and training engines load a model that is written in the nemotron-nas format, and why not. Torch-free.
 
-One rule per limitation of a reader. The rules state what these versions do, seen by running them or by reading their
-loaders: transformers 5.23, vLLM 0.33, SGLang 0.5.23, llama.cpp 0c1e570, MLX-LM 0.32, Megatron-LM with megatron-core
-0.16.1 (``--heterogeneous-layers-config-path`` and Megatron-Bridge's weight mapping). An engine outside of its row may
-load a model by accident; none of these does so on purpose.
+Every engine gets the model in a form of its own, after the exact rewrites of :mod:`puzzle.model.rewrites`; what it
+cannot take even then is one rule per limitation. The rules state what these versions do: transformers 5.23, vLLM 0.32,
+llama.cpp as in llama-cpp-python 0.3.36, MLX-LM 0.32 and megatron-core 0.16.1, run by ``tests/readers``; SGLang 0.5.23,
+read. An engine outside of its row may load a model by accident; none of these does so on purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from distill.config import require
 from puzzle.model.architecture import Architecture
+from puzzle.model.rewrites import kv_head_counts, rewritten
+from puzzle.model.targets import TARGETS, Target
 
-Target = Literal["transformers", "vllm", "sglang", "llama_cpp", "mlx", "megatron"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+Status = Literal["loads", "loads_rewritten", "cannot"]
 
-LLAMA3_VOCAB_SIZE = 128_256
+MEGATRON_LLAMA3 = (1.0, 4.0, 8192)
+"""Low and high frequency factor and original positions of llama3 scaling, which Megatron-LM has as constants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,11 @@ class TargetReport:
     """What one engine does with a model."""
 
     target: Target
-    status: Literal["loads", "cannot"]
+    status: Status
     reasons: tuple[str, ...]
-    """Every limitation that the model runs into; empty where it loads."""
+    """Every limitation that the model runs into, as a rewrite cannot help; empty where it loads."""
+    rewrites: tuple[str, ...]
+    """What is changed for this engine, exactly, and nothing of what the model computes."""
     notes: tuple[str, ...]
     """What to pass or to know when it is loaded."""
 
@@ -47,41 +52,60 @@ class Limitation:
 
 def compatibility(architecture: Architecture) -> list[TargetReport]:
     """One report per engine, in the order of ``TARGETS``."""
-    met = [limitation for limitation in LIMITATIONS if limitation.applies(architecture)]
-    return [_report(target, architecture, met) for target in TARGETS]
+    return [report(target, architecture) for target in TARGETS]
 
 
-def _report(target: Target, architecture: Architecture, met: list[Limitation]) -> TargetReport:
-    reasons = tuple(limitation.reason for limitation in met if target in limitation.targets)
-    status: Literal["loads", "cannot"] = "cannot" if reasons else "loads"
-    return TargetReport(target=target, status=status, reasons=reasons, notes=_notes(target, architecture))
+def report(target: Target, architecture: Architecture) -> TargetReport:
+    """What ``target`` does with ``architecture``."""
+    form, done = rewritten(target, architecture)
+    reasons = _reasons(target, form)
+    status: Status = "cannot" if reasons else "loads_rewritten" if done else "loads"
+    rewrites = () if reasons else tuple(what for _, what in done)
+    return TargetReport(target=target, status=status, reasons=reasons, rewrites=rewrites, notes=_NOTES[target])
 
 
-def _notes(target: Target, architecture: Architecture) -> tuple[str, ...]:
-    if target == "llama_cpp":
-        is_llama3 = architecture.vocab_size == LLAMA3_VOCAB_SIZE
-        return () if is_llama3 else ("the converter takes a vocabulary whose size is not Llama 3's for SentencePiece",)
-    if target == "megatron":
-        return ("weights come in through Megatron-Bridge's LlamaNemotronBridge, which is deprecated",)
-    return () if target == "mlx" else ("the configuration comes with the checkpoint: pass trust_remote_code",)
+def costly_rewrites(target: Target, architecture: Architecture) -> dict[str, str]:
+    """Name of every rewrite for ``target`` that adds weights or KV cache, with what it does."""
+    _, done = rewritten(target, architecture)
+    return {rewrite.name: what for rewrite, what in done if rewrite.adds_cost}
 
 
-def _num_kv_head_counts(architecture: Architecture) -> int:
-    return len({block.attention.num_kv_heads for block in architecture.blocks if block.attention.kind == "gqa"})
+def require_loadable(architecture: Architecture, targets: Sequence[Target], *, name: str) -> None:
+    """Raise ``ValueError`` where one of ``targets`` cannot load ``architecture``; ``name`` is the configuration key."""
+    refused = [found for found in (report(target, architecture) for target in targets) if found.status == "cannot"]
+    reasons = "; ".join(f"{found.target} cannot load this model: {', '.join(found.reasons)}" for found in refused)
+    names = ", ".join(found.target for found in refused)
+    require(not refused, f"{name}: {reasons}; leave {names} out of {name}")
 
 
-def _ends_in_dummy(architecture: Architecture) -> bool:
-    last = architecture.blocks[-1]
-    return last.attention.is_no_op and last.ffn.is_no_op
+def _reasons(target: Target, form: Architecture) -> tuple[str, ...]:
+    return tuple(
+        limitation.reason for limitation in LIMITATIONS if target in limitation.targets and limitation.applies(form)
+    )
 
 
-def _has_attention_only_block(architecture: Architecture) -> bool:
-    return any(block.ffn.is_no_op and not block.attention.is_no_op for block in architecture.blocks)
+_REMOTE_CODE = ("the configuration comes with the checkpoint: pass trust_remote_code",)
+_NOTES: dict[Target, tuple[str, ...]] = {
+    "transformers": _REMOTE_CODE,
+    "vllm": _REMOTE_CODE,
+    "sglang": _REMOTE_CODE,
+    "llama_cpp": ("one GGUF file in the stored data type; llama-quantize makes smaller ones of it",),
+    "mlx": ("pass --trust-remote-code: the tokenizer is found by way of the configuration",),
+    "megatron": (
+        "megatron_layers.json is for --heterogeneous-layers-config-path, megatron_arguments.txt has the flags with it",
+    ),
+}
 
 
 def _window_is_felt(architecture: Architecture) -> bool:
     window = architecture.sliding_window
     return window is not None and window < architecture.max_positions
+
+
+def _has_foreign_llama3(architecture: Architecture) -> bool:
+    rope = architecture.rope
+    constants = (rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions)
+    return rope.kind == "llama3" and constants != MEGATRON_LLAMA3
 
 
 LIMITATIONS: tuple[Limitation, ...] = (
@@ -95,14 +119,19 @@ LIMITATIONS: tuple[Limitation, ...] = (
         reason="queries and keys are normalised per head, which is no part of the format",
         applies=lambda model: model.qk_norm,
     ),
-    # vLLM reads the key qkv_bias; SGLang would expect a bias on the output projection as well.
     Limitation(
-        targets=("sglang", "llama_cpp", "mlx", "megatron"),
+        targets=("vllm", "sglang", "llama_cpp", "mlx", "megatron"),
+        reason="attentions without rotary positions are no part of the format: this reader would rotate them",
+        applies=lambda model: not all(block.attention.rope for block in model.blocks),
+    ),
+    # vLLM reads the key qkv_bias; SGLang would expect a bias on the output projection as well; a GGUF has places.
+    Limitation(
+        targets=("sglang", "mlx", "megatron"),
         reason="query, key and value projections have biases, which are no part of the format",
         applies=lambda model: model.qkv_bias,
     ),
     Limitation(
-        targets=("llama_cpp", "mlx", "megatron"),
+        targets=("mlx", "megatron"),
         reason="head_dim differs from hidden_dim / num_heads, and this reader always divides",
         applies=lambda model: model.head_dim * model.num_heads != model.hidden_dim,
     ),
@@ -113,24 +142,20 @@ LIMITATIONS: tuple[Limitation, ...] = (
         applies=_window_is_felt,
     ),
     Limitation(
-        targets=("llama_cpp",),
-        reason="linear and yarn rotary scaling is dropped by the converter; default and llama3 are kept",
+        targets=("megatron",),
+        reason="Megatron-LM takes llama3 scaling or none; the model has another rule",
         applies=lambda model: model.rope.kind in ("linear", "yarn"),
     ),
     Limitation(
         targets=("megatron",),
-        reason="the command line reads rope_scaling.factor and applies llama3 scaling; the model has another rule",
-        applies=lambda model: model.rope.kind != "llama3",
+        reason="Megatron-LM has low_freq_factor=1, high_freq_factor=4 and 8192 original positions of llama3 scaling as "
+        "constants; the model has others",
+        applies=_has_foreign_llama3,
     ),
     Limitation(
-        targets=("vllm", "sglang", "llama_cpp", "megatron"),
-        reason="block 0 has no grouped-query attention, from which this reader takes the residual or the head counts",
-        applies=lambda model: model.blocks[0].attention.kind != "gqa",
-    ),
-    Limitation(
-        targets=("sglang", "megatron"),
-        reason="blocks have different KV head counts; search with space.kv_heads=[] for this reader",
-        applies=lambda model: _num_kv_head_counts(model) > 1,
+        targets=("megatron",),
+        reason="Megatron-LM takes a whole number for the base frequency of rotary positions; the model's is none",
+        applies=lambda model: not float(model.rope.theta).is_integer(),
     ),
     Limitation(
         targets=("vllm", "sglang", "mlx", "megatron"),
@@ -144,12 +169,7 @@ LIMITATIONS: tuple[Limitation, ...] = (
     ),
     Limitation(
         targets=("llama_cpp",),
-        reason="a block has attention and no FFN: the attention's output is silently dropped",
-        applies=_has_attention_only_block,
-    ),
-    Limitation(
-        targets=("llama_cpp",),
-        reason="the last block has neither attention nor FFN",
-        applies=_ends_in_dummy,
+        reason="no block has grouped-query attention, without which llama.cpp makes no context",
+        applies=lambda model: not kv_head_counts(model),
     ),
 )

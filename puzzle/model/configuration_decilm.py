@@ -60,8 +60,9 @@ class DeciLMConfig(PretrainedConfig):
     """Llama's configuration with one entry per block in place of one width and one KV head count.
 
     ``qkv_bias``, ``qk_norm``, ``sliding_window`` and ``head_dim`` extend the format to Qwen and Mistral parents,
-    ``parallel_windows`` (first and last block of each, inclusive) to blocks that read the same input; without them a
-    configuration is exactly what other readers of nemotron-nas expect.
+    ``no_rope_blocks`` (indices) to attentions that do not rotate, ``parallel_windows`` (first and last block of each,
+    inclusive) to blocks that read the same input; without them a configuration is exactly what other readers of
+    nemotron-nas expect.
     """
 
     model_type = "nemotron-nas"
@@ -89,6 +90,7 @@ class DeciLMConfig(PretrainedConfig):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         sliding_window: int | None = None,
+        no_rope_blocks: list[int] | None = None,
         parallel_windows: list[list[int]] | None = None,
         use_cache: bool = True,
         bos_token_id: int | None = None,
@@ -122,6 +124,7 @@ class DeciLMConfig(PretrainedConfig):
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
+        self.no_rope_blocks = list(no_rope_blocks or [])
         self.parallel_windows = [list(window) for window in parallel_windows or []]
         self.use_cache = use_cache
         # transformers moves rope_theta and rope_scaling into this attribute, and only where it already stands.
@@ -169,6 +172,7 @@ class DeciLMConfig(PretrainedConfig):
             output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         if self.head_dim == self.hidden_size // self.num_attention_heads:
             output.pop("head_dim")
-        if not self.parallel_windows:
-            output.pop("parallel_windows")
+        for key in ("no_rope_blocks", "parallel_windows"):
+            if not output[key]:
+                output.pop(key)
         return output

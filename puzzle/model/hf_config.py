@@ -9,6 +9,7 @@ model has exactly the keys that NVIDIA's own checkpoints have.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from distill.config import RopeConfig, require
@@ -20,9 +21,28 @@ from puzzle.model.architecture import (
     AttentionConfig,
     BlockConfig,
     FFNConfig,
+    round_up_ffn_dim,
 )
 
 MODEL_TYPE = "nemotron-nas"
+NEUTRAL = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "o_proj_bias": False,
+    "position_embedding_type": "rope",
+}
+"""Keys of config.json that must be null or as here; the last two are those of a newer dialect."""
+ATTENTION_NEUTRAL = {
+    "num_sink_tokens": None,
+    "sparsify": None,
+    "unshifted_sink": False,
+    "use_prefill_window_in_sink_attention": False,
+    "window_length": None,
+    "mamba": None,
+    "llama4": None,
+}
+FFN_NEUTRAL = {"sparsify": None, "moe": None, "gated": True, "hidden_act": "silu"}
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE_KEYS = {
     "factor": "factor",
@@ -121,6 +141,7 @@ def _extensions(architecture: Architecture) -> dict[str, Any]:
         "source_ffn_dim": (a.source_ffn_dim, None),
         "parent_block_indices": (parents, [[index] for index in range(a.num_blocks)]),
         "dropped_parent_indices": (dropped, [[] for _ in a.blocks]),
+        "no_rope_blocks": ([index for index, block in enumerate(a.blocks) if not block.attention.rope], []),
         "parallel_windows": ([list(window) for window in a.parallel_windows], []),
     }
     return {key: value for key, (value, default) in keys_and_defaults.items() if value != default}
@@ -131,7 +152,7 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         ValueError: not a nemotron-nas configuration, a key is missing, or it asks for something that this model has not
-            (sink attention, biases, another activation, a newer dialect's FFN).
+            (sink attention, biases, another activation, experts or parallel blocks of a newer dialect).
     """
     model_type = config.get("model_type")
     require(model_type == MODEL_TYPE, f"config.json: model_type is {model_type!r}, expected {MODEL_TYPE!r}")
@@ -142,7 +163,7 @@ def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
 
 
 def _read(config: Mapping[str, Any]) -> Architecture:
-    _require_neutral(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, "config.json")
+    _require_neutral(config, NEUTRAL, "config.json")
     hidden_dim, num_heads = config["hidden_size"], config["num_attention_heads"]
     entries = config["block_configs"]
     require(
@@ -151,6 +172,8 @@ def _read(config: Mapping[str, Any]) -> Architecture:
     )
     parents = _per_block(config, "parent_block_indices", [[index] for index in range(len(entries))])
     dropped = _per_block(config, "dropped_parent_indices", [[] for _ in entries])
+    unrotated = set(config.get("no_rope_blocks") or [])
+    subblocks = [read_entry(config, entry, index) for index, entry in enumerate(entries)]
     return Architecture(
         vocab_size=config["vocab_size"],
         hidden_dim=hidden_dim,
@@ -158,12 +181,12 @@ def _read(config: Mapping[str, Any]) -> Architecture:
         head_dim=config.get("head_dim") or hidden_dim // num_heads,
         blocks=tuple(
             BlockConfig(
-                attention=_attention(entry["attention"], num_heads, f"config.json: block {index}: attention"),
-                ffn=_ffn(entry["ffn"], hidden_dim, f"config.json: block {index}: ffn"),
+                attention=_unrotated(attention, index) if index in unrotated else attention,
+                ffn=ffn,
                 parent_block_indices=tuple(parents[index]),
                 dropped_parent_indices=tuple(dropped[index]),
             )
-            for index, entry in enumerate(entries)
+            for index, (attention, ffn) in enumerate(subblocks)
         ),
         max_positions=config["max_position_embeddings"],
         rope=rope_from_config(config),
@@ -202,30 +225,72 @@ def _require_neutral(values: Mapping[str, Any], neutral: Mapping[str, Any], wher
         require(value is None or value == expected, f"{where}: {key}={value!r} is not supported, only {expected!r}")
 
 
+def read_entry(config: Mapping[str, Any], entry: Mapping[str, Any], index: int) -> tuple[AttentionConfig, FFNConfig]:
+    """Attention and FFN of one entry of ``block_configs``, in the spelling of nemotron-nas or in that of AnyModel.
+
+    A width that is no multiple of 256 channels, which AnyModel alone can say, is rounded up (:func:`own_ffn_dim`).
+
+    Args:
+        config: ``config.json``, for its hidden size and its attention heads.
+        entry: the block's.
+        index: of the block, for errors.
+
+    Raises:
+        ValueError: it asks for something that this model has not.
+        KeyError: a key is missing.
+    """
+    where = f"config.json: block {index}"
+    _require_neutral(entry, {"parallel_blocks": None}, where)
+    return (
+        _attention(entry["attention"], config["num_attention_heads"], f"{where}: attention"),
+        _ffn(entry["ffn"], config["hidden_size"], f"{where}: ffn"),
+    )
+
+
+def own_ffn_dim(entry: Mapping[str, Any]) -> int | None:
+    """Channels of the SwiGLU that ``entry`` of ``block_configs`` names outright; None: it has none, or ``ffn_mult``."""
+    ffn = entry["ffn"]
+    return None if ffn.get("no_op") or ffn.get("replace_with_linear") else ffn.get("intermediate_size")
+
+
 def _attention(entry: Mapping[str, Any], num_heads: int, where: str) -> AttentionConfig:
-    neutral = {"num_sink_tokens": None, "sparsify": None, "unshifted_sink": False, "window_length": None, "mamba": None}
-    _require_neutral(entry, neutral | {"use_prefill_window_in_sink_attention": False}, where)
+    _require_known(entry, ATTENTION_NEUTRAL, ("n_heads_in_group", "num_key_value_heads"), where)
     if entry.get("no_op"):
         return NO_ATTENTION
     if entry.get("replace_with_linear"):
         return AttentionConfig(kind="linear")
-    group = entry["n_heads_in_group"]
+    name = "n_heads_in_group" if entry.get("num_key_value_heads") is None else "num_key_value_heads"
+    divisor = entry[name]
     require(
-        isinstance(group, int) and group > 0 and num_heads % group == 0,
-        f"{where}: n_heads_in_group={group} must divide num_attention_heads={num_heads}",
+        isinstance(divisor, int) and divisor > 0 and num_heads % divisor == 0,
+        f"{where}: {name}={divisor} must divide num_attention_heads={num_heads}",
     )
-    return AttentionConfig(num_kv_heads=num_heads // group)
+    return AttentionConfig(num_kv_heads=divisor if name == "num_key_value_heads" else num_heads // divisor)
+
+
+def _unrotated(attention: AttentionConfig, index: int) -> AttentionConfig:
+    require(attention.kind == "gqa", f"config.json: no_rope_blocks names block {index}, which has no attention")
+    return replace(attention, rope=False)
 
 
 def _ffn(entry: Mapping[str, Any], hidden_dim: int, where: str) -> FFNConfig:
-    _require_neutral(entry, {"sparsify": None, "moe": None, "gated": True, "hidden_act": "silu"}, where)
+    _require_known(entry, FFN_NEUTRAL, ("ffn_mult", "intermediate_size"), where)
     if entry.get("no_op"):
         return NO_FFN
     if entry.get("replace_with_linear"):
         return FFNConfig(kind="linear")
-    mult = entry["ffn_mult"]
-    require(isinstance(mult, int | float) and mult > 0, f"{where}: ffn_mult={mult} must be a number > 0")
-    return FFNConfig(ffn_dim=ffn_dim(mult, hidden_dim))
+    name = "ffn_mult" if entry.get("intermediate_size") is None else "intermediate_size"
+    value = entry[name]
+    require(isinstance(value, int | float) and value > 0, f"{where}: {name}={value} must be a number > 0")
+    return FFNConfig(ffn_dim=ffn_dim(value, hidden_dim) if name == "ffn_mult" else round_up_ffn_dim(value))
+
+
+def _require_known(entry: Mapping[str, Any], neutral: Mapping[str, Any], own: tuple[str, ...], where: str) -> None:
+    """Beside its ``own`` keys ``entry`` may say what is ``neutral`` and nothing else: more would change the model."""
+    require(isinstance(entry, Mapping), f"{where} is {entry!r}, expected a JSON object")
+    known = (*own, "no_op", "replace_with_linear", "weights_precision")
+    further = {key: None for key in entry if key not in known}
+    _require_neutral(entry, further | dict(neutral), where)
 
 
 def rope_from_config(config: Mapping[str, Any]) -> RopeConfig:
@@ -240,6 +305,11 @@ def rope_from_config(config: Mapping[str, Any]) -> RopeConfig:
     scaling.pop("type", None)
     supported = ("default", "linear", "llama3", "yarn")
     require(kind in supported, f"config.json: rope_type={kind!r} is not supported, only {', '.join(supported)}")
+    rotated = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    require(
+        rotated == 1,
+        f"config.json: partial_rotary_factor={rotated} is not supported: heads are rotated whole, not in part",
+    )
     values = {name: scaling.pop(key, None) for name, key in ROPE_KEYS.items()}
     further = {key: value for key, value in scaling.items() if value is not None}
     known = ", ".join(ROPE_KEYS.values())

@@ -66,6 +66,12 @@ class MegatronModel:
             f"engine.name=megatron runs blocks one after another, and this model runs {windows} in parallel; train it "
             "with engine.name=torch or deepspeed, or before stage parallelize_blocks",
         )
+        unrotated = [index for index, block in enumerate(architecture.blocks) if not block.attention.rope]
+        require(
+            not unrotated,
+            f"engine.name=megatron rotates queries and keys in every attention, and this model does not in blocks "
+            f"{unrotated}; train it with engine.name=torch or deepspeed",
+        )
         self.architecture = architecture
 
     @property

@@ -91,8 +91,7 @@ def eager_attention(
     ``query [batch, num_heads, seq, head_dim]``, ``key`` and ``value [batch, num_kv_heads, context, head_dim]`` and an
     additive mask [batch or 1, 1, seq, context] -> output [batch, seq, num_heads, head_dim] and attention weights.
     """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    key, value = (heads.repeat_interleave(module.num_key_value_groups, dim=1) for heads in (key, value))
     scores = query @ key.transpose(2, 3) * options["scaling"]
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -112,6 +111,7 @@ class DeciLMAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        self.rotates = index not in config.no_rope_blocks
         query_dim, kv_dim = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
@@ -132,8 +132,9 @@ class DeciLMAttention(nn.Module):
         query, key, value = (project(hidden).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query.transpose(1, 2), position_embeddings)
-        key, value = rotate(key.transpose(1, 2), position_embeddings), value.transpose(1, 2)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if self.rotates:
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -176,16 +177,14 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DeciLMConfig, index: int, cache_index: int) -> None:
         super().__init__()
-        entry = config.block_configs[index]
-        self.input_layernorm = None if entry.attention.no_op else DeciLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        entry, dim, eps = config.block_configs[index], config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = None if entry.attention.no_op else DeciLMRMSNorm(dim, eps)
         self.self_attn: DeciLMAttention | DeciLMLinear | None = None
         if entry.attention.replace_with_linear:
             self.self_attn = DeciLMLinear(config, "linear_attn")
         elif not entry.attention.no_op:
             self.self_attn = DeciLMAttention(config, index, cache_index)
-        self.post_attention_layernorm = (
-            None if entry.ffn.no_op else DeciLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        )
+        self.post_attention_layernorm = None if entry.ffn.no_op else DeciLMRMSNorm(dim, eps)
         self.mlp: DeciLMMLP | DeciLMLinear | None = None
         if entry.ffn.replace_with_linear:
             self.mlp = DeciLMLinear(config, "linear_mlp")

@@ -115,7 +115,7 @@ class TensorReader:
         """
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
         stored = self._locate(name)
-        read_into(self._stream(stored.file), stored.offset, tensor)
+        read_into(self._stream(self._files[name]), stored.offset, tensor)
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -124,7 +124,7 @@ class TensorReader:
         num_rows, *rest = stored.shape
         assert 0 <= start <= stop <= num_rows, (name, start, stop, num_rows)
         tensor = torch.empty((stop - start, *rest), dtype=self.dtype(name))
-        read_into(self._stream(stored.file), stored.offset + start * (stored.num_bytes // num_rows), tensor)
+        read_into(self._stream(self._files[name]), stored.offset + start * (stored.num_bytes // num_rows), tensor)
         return tensor
 
     def row_chunks(self, name: str, chunk_bytes: int | None = None) -> Iterator[Tensor]:
@@ -136,7 +136,7 @@ class TensorReader:
     def place(self, name: str) -> tuple[BinaryIO, StoredTensor]:
         """Where the bytes of tensor ``name`` are: an open file, valid as long as this reader, and the place in it."""
         stored = self._locate(name)
-        return self._stream(stored.file), stored
+        return self._stream(self._files[name]), stored
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ def test_there_are_commands() -> None:
 def test_command_of_a_page_runs_dry(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["launch"])
+    monkeypatch.setenv("WANDB_MODE", "offline")  # as where nobody has logged in
     arguments = shlex.split(command)[3:]
     assert main([*arguments, "--dry-run", f"run.root={tmp_path}"]) == 0
 

@@ -293,6 +293,16 @@ def test_refused_fusion_leaves_nothing(tmp_path, child, fields, message):
     assert list((tmp_path / "fused").iterdir()) == []
 
 
+def test_model_that_a_target_cannot_load_is_not_fused(tmp_path, child):
+    result, _ = run_fuse(child, tmp_path / "fused", targets=("vllm", "llama_cpp", "megatron"))
+    assert result.metrics["num_fused_ffns"] > 0
+    config = json.loads((child / "config.json").read_text()) | {"sliding_window": 4}
+    (child / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"fuse\.targets: llama_cpp cannot load .* window .*; leave llama_cpp out of"):
+        run_fuse(child, tmp_path / "refused", targets=("vllm", "llama_cpp"))
+    assert list((tmp_path / "refused").iterdir()) == []
+
+
 def test_group_of_one_is_refused_by_the_configuration():
     with pytest.raises(ValueError, match=r"fuse.groups: \[3, 3\] must name at least two blocks"):
         FuseStage(fuse=FuseConfig(groups=((3, 3),)))

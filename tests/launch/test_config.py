@@ -31,6 +31,7 @@ from launch.stage_configs import (
     ImportParentStage,
     PrepareDataStage,
     PretrainStage,
+    SearchStage,
 )
 
 
@@ -191,6 +192,13 @@ def test_a_lone_value_is_not_taken_for_a_list(override: str) -> None:
     stages = {"space": BuildLibraryStage, "evaluate": EvaluateStage, "export": ExportStage, "fuse": FuseStage}
     with pytest.raises(ValueError, match=override.partition("=")[0]):
         compose_stage(stages[override.partition(".")[0]], [override])
+
+
+@pytest.mark.parametrize("override", ["export.targets=vllm", "export.targets=[vllm,tensorrt]", "search.targets=[x]"])
+def test_choices_of_a_list_are_named(override: str) -> None:
+    config_class = {"export": ExportStage, "search": SearchStage}[override.partition(".")[0]]
+    with pytest.raises(ValueError, match=r"targets.* must be a list, in brackets, of transformers, vllm, sglang"):
+        compose_stage(config_class, [override])
 
 
 @pytest.mark.parametrize(

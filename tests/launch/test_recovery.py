@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.recovery import RecoveryCurve, gap_closed_frac, read_curves, reference_model
+from distill.recovered import gap_closed_frac
+from launch.recovery import RecoveryCurve, read_curves, reference_model
 
 
 @pytest.mark.parametrize(

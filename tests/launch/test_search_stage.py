@@ -235,6 +235,32 @@ def test_search_on_conditional_scores(context, scores, costs):
     assert content["solutions"][0]["blocks"] == ["kv2+w512", "kv2+w512", "no_op+w512", "no_op+w512"]
 
 
+def test_targets_leave_out_what_they_cannot_load(context, tmp_path, costs, pico_architecture):
+    """Without targets the cheapest way to 13.3 ms begins at block 0, whose attention vLLM and SGLang count on."""
+    space = SpaceConfig(keep_attention=())
+    rows = [
+        ScoreRow(block=index, variant=variant.name, values={"kld": 0.1 * index * (variant != own)}, stderr={})
+        for index, own in enumerate(pico_architecture.blocks)
+        for variant in block_variants(pico_architecture, index, space)
+    ]
+    (tmp_path / "scores").mkdir()
+    ScoreTable(parent={"lm_loss": 2.0}, num_tokens=64, rows=tuple(rows)).write(tmp_path / "scores" / "scores.json")
+    fields = {"constraint": ConstraintConfig(latency_ms=13.8), "fusion_aware": False}
+    _, content = run_search(context, tmp_path / "scores", costs, **fields)
+    assert content["solutions"][0]["blocks"] == ["no_op+w512", "no_op+w512", "no_op+w512", "kv2+w512"]
+    _, content = run_search(context, tmp_path / "scores", costs, targets=("transformers", "vllm", "sglang"), **fields)
+    assert content["solutions"][0]["blocks"] == ["kv2+w512", "no_op+w512", "no_op+w512", "no_op+w512"]
+
+
+def test_targets_that_leave_nothing_are_refused(context, scores, costs, pico_architecture):
+    content = json.loads((costs / "costs.json").read_text())
+    content["architecture"] = hf_config(replace(pico_architecture, qk_norm=True), "float32")
+    (costs / "costs.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"search\.targets: vllm cannot load this model: queries and keys are norm"):
+        run_search(context, scores, costs, targets=("transformers", "vllm"))
+    run_search(context, scores, costs, targets=("transformers",))
+
+
 def test_search_without_the_table(context, scores, costs):
     with pytest.raises(ValueError, match=r"costs have no table from 'analytic', only from measured"):
         run_search(context, scores, costs, cost_table="analytic")
@@ -325,3 +351,7 @@ def test_own_costs_beside_scores_of_ours(context, scores, tmp_path):
     assert content["solutions"][0]["blocks"] == ["kv2+w512", "no_op+w512", "no_op+w512", "no_op+w512"]
     assert content["solutions"][0]["predicted_fused_latency_ms"] == 13.25
     assert (content["parent"], content["cost_table"]) == ("a" * 64, str(tmp_path / "own.csv"))
+    with pytest.raises(
+        ValueError, match=r"search\.targets=\[vllm\] goes by the parent's architecture, which search\.c"
+    ):
+        run_search(context, scores, None, targets=("vllm",), **fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from distill.config import RopeConfig
@@ -45,6 +47,13 @@ def test_the_papers_space_has_54_variants_per_block(parent: Architecture) -> Non
     names = [attention.name for attention in attention_variants(parent, 5, space)]
     assert names == ["kv8", "kv4", "kv2", "kv1", "linear", "no_op"]
     assert block_variants(parent, 5, space)[0] == parent.blocks[5]
+
+
+def test_fewer_kv_heads_do_not_rotate_either_where_the_parents_do_not() -> None:
+    own = LLAMA_70B.blocks[3]
+    parent = LLAMA_70B.with_block(3, replace(own, attention=replace(own.attention, rope=False)))
+    names = [attention.name for attention in attention_variants(parent, 3, shipped("puzzle_54"))]
+    assert names == ["kv8_nope", "kv4_nope", "kv2_nope", "kv1_nope", "linear", "no_op"]
 
 
 def test_the_70b_library_has_16_variants_of_these_widths() -> None:

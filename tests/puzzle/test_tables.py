@@ -20,7 +20,12 @@ from puzzle.tables import (
     parse_variant,
 )
 
-ATTENTIONS = (AttentionConfig(num_kv_heads=8), AttentionConfig(kind="linear"), NO_ATTENTION)
+ATTENTIONS = (
+    AttentionConfig(num_kv_heads=8),
+    AttentionConfig(num_kv_heads=8, rope=False),
+    AttentionConfig(kind="linear"),
+    NO_ATTENTION,
+)
 FFNS = (FFNConfig(ffn_dim=512), FFNConfig(kind="linear"), NO_FFN)
 
 
@@ -77,7 +82,9 @@ def test_parse_variant_is_the_inverse_of_the_name(attention, ffn):
     assert parse_variant(block.name) == (attention, ffn)
 
 
-@pytest.mark.parametrize("name", ["kv2", "kv+w512", "kv0+w512", "kv2+512", "kv2+w100", "gqa+w512", "no_op+", ""])
+@pytest.mark.parametrize(
+    "name", ["kv2", "kv+w512", "kv0+w512", "kv2_no+w512", "512", "kv2+w100", "gqa+w512", "no_op+", ""]
+)
 def test_parse_variant_refuses(name):
     with pytest.raises(ValueError, match=r"variant|multiple of 256"):
         parse_variant(name)

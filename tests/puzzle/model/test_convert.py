@@ -14,10 +14,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
@@ -46,6 +50,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -65,6 +70,21 @@ PARENTS = {
         Qwen2Config(**PICO, use_sliding_window=True, sliding_window=8, max_window_layers=0)
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**PICO, head_dim=24, tie_word_embeddings=True)),
+    "qwen3_window": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**PICO, head_dim=24, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    ),
+    "smollm3": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(**PICO | {"num_hidden_layers": 5}, pad_token_id=0, rope_parameters=DEFAULT_ROPE)
+    ),
+    "smollm3_named": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(
+            **PICO, pad_token_id=0, no_rope_layers=[0, 1, 0], tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE
+        )
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**PICO, pad_token_id=0)),
+    "phi3_window_padded": lambda: Phi3ForCausalLM(
+        Phi3Config(**PICO | {"intermediate_size": 300}, pad_token_id=0, sliding_window=8)
+    ),
 }
 
 
@@ -175,6 +195,41 @@ def test_own_format_is_copied_with_its_tokenizer(pico_parent_dir: Path, tmp_path
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (pico_parent_dir / "tokenizer.json").read_bytes()
+
+
+def test_own_format_of_a_padded_parent_is_copied(tmp_path: Path) -> None:
+    _llama(intermediate_size=300).save_pretrained(tmp_path / "parent")
+    first = import_hf(tmp_path / "parent", tmp_path / "ours", dtype=torch.float32)
+    assert import_hf(tmp_path / "ours", tmp_path / "copy", dtype=torch.float32) == first
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "copy"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi3_window_padded"])
+def test_fused_projections_are_dealt_by_rows(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    PARENTS[family]().save_pretrained(tmp_path / "parent")
+    import_hf(tmp_path / "parent", tmp_path / "ours", dtype=torch.float32)
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("parent", "ours"))
+    prefix, width = "model.layers.2.", 300 if "padded" in family else 512
+    query, key, value = theirs[f"{prefix}self_attn.qkv_proj.weight"].split([64, 32, 32])
+    gate, up = theirs[f"{prefix}mlp.gate_up_proj.weight"].chunk(2)
+    for name, expected in (("q", query), ("k", key), ("v", value)):
+        assert torch.equal(ours[f"{prefix}self_attn.{name}_proj.weight"], expected)
+    for name, expected in (("gate", gate), ("up", up)):
+        assert torch.equal(ours[f"{prefix}mlp.{name}_proj.weight"][:width], expected)
+
+
+def test_quantised_weights_are_named_before_anything_is_written(llama_dir: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    _rewrite(llama_dir, add={name: torch.zeros(512, 64, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match=r"1\.mlp\.up_proj\.weight is stored as uint8; import the unquantized"):
+        import_hf(llama_dir, tmp_path / "ours", dtype=torch.float32)
+    _rewrite(llama_dir, add={name: torch.zeros(512, 64).to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=r"1\.mlp\.up_proj\.weight is stored as F8_E4M3"):
+        import_hf(llama_dir, tmp_path / "ours", dtype=torch.float32)
+    assert not (tmp_path / "ours").exists()
 
 
 def _rewrite(directory: Path, *, drop: tuple[str, ...] = (), add: dict[str, Tensor] | None = None) -> None:

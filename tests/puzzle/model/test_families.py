@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from puzzle.model.architecture import NO_ATTENTION
-from puzzle.model.families import FAMILIES, dense_architecture, dense_config
+from puzzle.model.architecture import NO_ATTENTION, Architecture
+from puzzle.model.families import FAMILIES, dense_config, parent_layout
+from puzzle.model.foreign_families import REASONS
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -29,6 +31,10 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+
+
+def dense_architecture(config: dict[str, Any]) -> Architecture:
+    return parent_layout(config).architecture
 
 
 def test_llama_config_in_both_spellings_is_one_architecture() -> None:
@@ -80,9 +86,25 @@ def test_sliding_window_counts_only_where_the_family_uses_it() -> None:
     [
         (
             {"model_type": "gpt2"},
-            "model_type=gpt2 is not supported; supported are llama, mistral, qwen2, qwen3, ",
+            r"model_type=gpt2 is not supported \(norms subtract the mean.*supported are llama, mistral, qwen2, qwen3, ",
         ),
         ({"model_type": "mine", "auto_map": {}}, r"model_type=mine is not supported \(its own code.*never run"),
+        ({"model_type": "gemma2"}, "gemma2 is not supported .*GeGLU.* soft-capped"),
+        ({"model_type": "gemma3_text"}, "gemma3_text is not supported .*1 . weight.* windows and rotary"),
+        ({"model_type": "mistral3", "text_config": {}}, "mistral3 .* several modalities; save its language model"),
+        ({"model_type": "deci"}, "older DeciLM format; nemotron-nas is the one"),
+        ({"per_layer_config": {}}, "per_layer_config is not supported; write each block into block_configs"),
+        ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window=true of model_type=smollm3"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers=\[1\] does not say for each of 3 blocks"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not supported"),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+            },
+            "rope_type='longrope' is not supported",
+        ),
+        ({"num_attention_heads": "four"}, "transformers reads no llama from it: .*num_attention_heads"),
         ({"attention_bias": True}, "attention_bias=true of model_type=llama"),
         ({"mlp_bias": True}, "mlp_bias=true of model_type=llama"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true of model_type=qwen3"),
@@ -99,6 +121,22 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], message: str) -
     with pytest.raises(ValueError, match=message) as error:
         dense_architecture(LLAMA | changed)
     assert "\n" not in str(error.value)
+
+
+def test_reasons_are_given_for_families_that_are_none() -> None:
+    assert not REASONS.keys() & FAMILIES.keys()
+
+
+def test_blocks_without_rope_are_named_or_counted() -> None:
+    smollm3 = LLAMA | {"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 2, "eos_token_id": 2}
+    fourth = dense_architecture(smollm3)
+    assert [block.attention.rope for block in fourth.blocks] == [True, True, True, False, True]
+    assert fourth.blocks[3].name == "kv2_nope+w512"
+    named = dense_architecture(smollm3 | {"no_rope_layers": [0, 1, 1, 1, 0]})
+    assert [block.attention.rope for block in named.blocks] == [False, True, True, True, False]
+    assert dense_architecture(dense_config(named, dtype="float32")) == named
+    with pytest.raises(ValueError, match=r"family llama needs equal blocks .* got kv2\+w512, kv2_nope\+w512"):
+        dense_config(replace(named, family="llama"), dtype="float32")
 
 
 def test_heterogeneous_model_has_no_dense_config() -> None:

@@ -113,6 +113,22 @@ def test_what_was_removed_is_told_apart_from_what_was_fused(heterogeneous_archit
     assert "dropped_parent_indices" not in hf_config(heterogeneous_architecture, "float32")
 
 
+def test_blocks_that_do_not_rotate_are_listed(heterogeneous_architecture: Architecture) -> None:
+    blocks = heterogeneous_architecture.blocks
+    still = replace(blocks[3], attention=replace(blocks[3].attention, rope=False))
+    architecture = heterogeneous_architecture.with_block(3, still)
+    config = through_json(hf_config(architecture, "float32"))
+    assert config["no_rope_blocks"] == [3]
+    assert architecture_from_config(config) == architecture
+    assert json.loads(DeciLMConfig(**config).to_json_string())["no_rope_blocks"] == [3]
+    assert "no_rope_blocks" not in hf_config(heterogeneous_architecture, "float32")
+    assert "no_rope_blocks" not in DeciLMConfig(**hf_config(heterogeneous_architecture, "float32")).to_dict()
+    with pytest.raises(ValueError, match="no_rope_blocks names block 1, which has no attention"):
+        architecture_from_config(config | {"no_rope_blocks": [1]})
+    with pytest.raises(ValueError, match="attention of kind no_op with rope=false"):
+        AttentionConfig(kind="no_op", rope=False)
+
+
 def test_a_block_with_attention_is_never_fused(heterogeneous_architecture: Architecture) -> None:
     first = heterogeneous_architecture.blocks[0]
     assert not first.attention.is_no_op
@@ -220,6 +236,12 @@ def test_reads_third_party_configuration() -> None:
         (("block_configs", 1, "ffn", "ffn_mult"), None, "block 1: ffn: ffn_mult=None must be a number"),
         (("rope_scaling", "rope_type"), "longrope", "rope_type='longrope' is not supported"),
         (("rope_scaling", "beta_fast"), 16, "beta_fast"),
+        (
+            ("rope_scaling", "partial_rotary_factor"),
+            0.5,
+            "partial_rotary_factor=0.5 is not supported: heads are rotated",
+        ),
+        (("partial_rotary_factor",), 0.5, "partial_rotary_factor=0.5 is not supported"),
         (("parent_block_indices",), [[0]], "1 parent_block_indices differ from 3 block_configs"),
         (("dropped_parent_indices",), [[], []], "2 dropped_parent_indices differ from 3 block_configs"),
         (("dropped_parent_indices",), [[], [2], []], r"\[2\] are not among parent_block_indices=\[1\]"),

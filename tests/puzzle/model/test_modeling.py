@@ -140,6 +140,18 @@ def test_cached_generation_equals_uncached_greedy_decoding(
     assert len(output.past_key_values.layers) == 3 == model.config.num_gqa_blocks
 
 
+def test_cached_generation_without_rope_in_some_blocks(heterogeneous_architecture: Architecture) -> None:
+    blocks = heterogeneous_architecture.blocks
+    still = replace(blocks[3], attention=replace(blocks[3].attention, rope=False))
+    model, rotating = lively(heterogeneous_architecture.with_block(3, still)), lively(heterogeneous_architecture)
+    ids = random_ids(2, 7)
+    assert torch.equal(generate(model, ids).sequences, greedy_uncached(model, ids))
+    with torch.no_grad():
+        assert (model(ids).logits - rotating(ids).logits).abs().max() > 1e-3
+    attentions = [layer.self_attn for layer in model.model.layers if layer.has_attention]
+    assert [getattr(attention, "rotates", None) for attention in attentions] == [True, None, False, True]
+
+
 def test_static_cache_equals_uncached_greedy_decoding(heterogeneous: DeciLMForCausalLM) -> None:
     ids = random_ids(2, 7)
     output = generate(heterogeneous, ids, cache_implementation="static", disable_compile=True)

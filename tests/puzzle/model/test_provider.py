@@ -139,3 +139,11 @@ def test_megatron_is_told_the_architecture(pico_parent_dir: Path, pico_architect
     pytest.importorskip("megatron.core")
     longer = replace(pico_architecture, max_positions=1024)
     assert DirectoryProvider(pico_parent_dir, longer).megatron().architecture == longer
+
+
+def test_megatron_refuses_blocks_that_do_not_rotate(pico_parent_dir: Path, pico_architecture: Architecture) -> None:
+    pytest.importorskip("megatron.core")
+    own = pico_architecture.blocks[2]
+    still = pico_architecture.with_block(2, replace(own, attention=replace(own.attention, rope=False)))
+    with pytest.raises(ValueError, match=r"rotates queries and keys .* does not in blocks \[2\]; train it with engine"):
+        DirectoryProvider(pico_parent_dir, still).megatron()
