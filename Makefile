@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint slurm readers clean
+.PHONY: demo test test-slow lint slurm browser readers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch demo
@@ -25,6 +25,13 @@ slurm:
 	{ apt-get update -qq && \
 	  apt-get install -y --no-install-recommends slurm-wlm slurmctld slurmd slurm-client munge; } || \
 	{ echo "could not install Slurm: needs root, apt-get and a network; tests/slurm will be skipped" >&2; exit 1; }
+
+# Chromium for tests/launch/test_page_in_browser.py, which is skipped without it. Debian and Ubuntu, as root; elsewhere
+# playwright's own.
+browser: $(VENV)/.installed-test
+	$(INSTALL) -e ".[browser]"
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ apt-get update -qq && apt-get install -y --no-install-recommends chromium; } || $(BIN)/playwright install chromium
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ work runs, never what comes out, and is left out of fingerprints.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PLACEMENT: dict[str, Any] = {"placement": True}
@@ -219,6 +220,23 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumePointsConfig:
+    """Which resume points stay, and how long training waits for one to be written."""
+
+    newest: int = 2
+    """The newest ones that stay. With 2 there is another one in case the disk damages the last."""
+    every: int = 0
+    """> 0: beside them, of the points that fall due every n-th stays until the run is finished, to go back to."""
+    background: bool = True
+    """Training goes on as soon as the state is copied to CPU memory, which needs room for it; a thread writes it. BLD
+    and group distillation wait for the disk in any case."""
+
+    def __post_init__(self) -> None:
+        require(self.newest >= 1, f"resume_points.newest must be >= 1, got {self.newest}; a run goes on from the last")
+        require(self.every >= 0, f"resume_points.every must be >= 0 (0: none), got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Budget and cadence of one training run."""
 
@@ -234,6 +252,8 @@ class TrainConfig:
     """Validation sequences per evaluation."""
     resume_every_tokens: int = field(default=0, metadata=PLACEMENT)
     """Tokens between resume points. 0: a tenth of the budget."""
+    resume_points: ResumePointsConfig = field(default_factory=ResumePointsConfig, metadata=PLACEMENT)
+    """Which of them stay, and who waits for them."""
     data_end: Literal["refuse", "repeat", "stop"] = "refuse"
     """What to do where the budget is beyond the train split: refuse it before anything runs, repeat the split in
     another order, or stop after one pass."""
@@ -272,6 +292,12 @@ class TrainConfig:
         tokens = num_steps * self.tokens_per_step
         return every_tokens > 0 and tokens // every_tokens > (tokens - self.tokens_per_step) // every_tokens
 
+    def kept_points(self, steps: Sequence[int]) -> list[int]:
+        """Of resume points at optimizer ``steps``, in rising order, those that stay."""
+        every_tokens = self.resume_points.every * (self.resume_every_tokens or self.default_resume_tokens)
+        newest = steps[-self.resume_points.newest :]
+        return [step for step in steps if step in newest or self.is_due(step, every_tokens)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -300,71 +326,6 @@ class RopeConfig:
         if self.kind == "llama3":
             for name in ("low_freq_factor", "high_freq_factor", "original_max_positions"):
                 require(getattr(self, name) is not None, f"rope.kind=llama3 needs rope.{name}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """One phase of context extension."""
-
-    seq_len: int
-    """Tokens per sequence; the model then has at least as many positions."""
-    max_tokens: int
-    """Token budget of the phase."""
-    batch_size: int
-    """Sequences per optimizer step."""
-    rope: RopeConfig | None = None
-    """Rotary settings from this phase on; null keeps those of the phase before."""
-    data_end: Literal["refuse", "repeat", "stop"] = "refuse"
-    """As in TrainConfig, of what the phases before leave of the train split. With repeat a phase for which that is not
-    enough draws from the whole split."""
-    separate_documents: bool = False
-    """As in TrainConfig."""
-
-    def __post_init__(self) -> None:
-        for name in ("seq_len", "max_tokens", "batch_size"):
-            require(getattr(self, name) > 0, f"extend_context.phases: {name} must be > 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtendContextConfig:
-    """Phases of growing sequence length (Llama-Nemotron: KD or continued pretraining)."""
-
-    phases: tuple[PhaseConfig, ...]
-    eval_every_tokens: int = 0
-    """As in TrainConfig."""
-    eval_sequences: int = 16
-    """As in TrainConfig."""
-    lengths: tuple[int, ...] = ()
-    """Context lengths in tokens at which the model is probed, as stage evaluate does it, before the first phase and
-    after each; empty: never."""
-    num_needles: int = 32
-    """Retrieval questions per length and task."""
-
-    def __post_init__(self) -> None:
-        require(len(self.phases) > 0, "extend_context.phases is empty; give at least one phase")
-        lengths = [phase.seq_len for phase in self.phases]
-        require(lengths == sorted(lengths), f"extend_context.phases must not shrink seq_len, got {lengths}")
-        for index in range(len(self.phases)):
-            self.train(index)
-        require(
-            all(1 < length <= lengths[-1] for length in self.lengths),
-            f"extend_context.lengths must be in 2..{lengths[-1]} (the longest phase), got {list(self.lengths)}",
-        )
-        require(self.num_needles > 0, f"extend_context.num_needles must be > 0, got {self.num_needles}")
-
-    @staticmethod
-    def node(index: int) -> str:
-        """Configuration node of phase ``index``."""
-        return f"extend_context.phases.{index}"
-
-    def train(self, index: int) -> TrainConfig:
-        """Budget and cadence of phase ``index``; raises ``ValueError`` in its name where they make no sense."""
-        own = asdict(self.phases[index])
-        del own["rope"]
-        try:
-            return TrainConfig(**own, eval_every_tokens=self.eval_every_tokens, eval_sequences=self.eval_sequences)
-        except ValueError as error:
-            raise ValueError(f"{self.node(index)}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

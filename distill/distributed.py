@@ -133,18 +133,23 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, by rank, on every process. Values are pickled: for records, not for tensors."""
+def gather_objects(value: Any, group: distributed.ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every process, by rank, on every process. Values are pickled: for records, not for tensors.
+
+    Args:
+        value: of this process.
+        group: :func:`background_group` in the thread that it is for; None elsewhere.
+    """
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    distributed.all_gather_object(gathered, value)
+    distributed.all_gather_object(gathered, value, group)
     return gathered
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    gather_objects(None)
+def barrier(group: distributed.ProcessGroup | None = None) -> None:
+    """Wait for all processes; ``group`` as in :func:`gather_objects`."""
+    gather_objects(None, group)
 
 
 def from_first(value: Any = None) -> Any:
@@ -238,6 +243,23 @@ def everyone() -> distributed.ProcessGroup:
 
 _groups: dict[int, distributed.ProcessGroup] = {}
 """By size: a group holds connections until the end, so that each is made once."""
+
+
+def background_group() -> distributed.ProcessGroup | None:
+    """All processes, for one thread of each that writes beside the one that trains; None where there is only one.
+
+    Messages of two threads in one group could be taken for each other. Its own, through gloo, fail after
+    :data:`STORAGE_TIMEOUT`. Every process calls it in its main thread.
+    """
+    if world_size() == 1:
+        return None
+    if _BACKGROUND not in _groups:
+        _groups[_BACKGROUND] = distributed.new_group(backend="gloo", timeout=STORAGE_TIMEOUT)
+    return _groups[_BACKGROUND]
+
+
+_BACKGROUND = 0
+"""In place of a size."""
 
 
 def _consecutive_group(size: int) -> distributed.ProcessGroup:

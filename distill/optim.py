@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import OptimConfig
+from distill.schedule import learning_rate as learning_rate
 
 
 def build_optimizer(
@@ -72,17 +72,3 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 def _parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
     return [name for group in optimizer.param_groups for name in group["param_names"]]
-
-
-def learning_rate(config: OptimConfig, spent_frac: float) -> float:
-    """Learning rate at ``spent_frac`` of the token budget (0..1): linear warm-up, then the configured decay."""
-    warmup = config.warmup_frac
-    if spent_frac < warmup:
-        return config.lr * spent_frac / warmup
-    decayed_frac = (spent_frac - warmup) / (1 - warmup) if warmup < 1 else 0.0
-    remaining = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * decayed_frac)),
-        "linear": 1 - decayed_frac,
-        "constant": 1.0,
-    }[config.schedule]
-    return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * remaining)

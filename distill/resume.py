@@ -14,21 +14,22 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
 from distill import distributed
 from distill.engine.base import TensorGroups
 from distill.files import flush_to_disk, sha256_of
 
-NUM_KEPT = 2
-"""Resume points that stay: the newest, and the one before in case the disk damages it."""
+Keep = Callable[[Sequence[int]], Sequence[int]]
+"""Of the steps of all points, in rising order, those whose points stay once the newest is committed."""
 _MARKER = "commit.json"
 _STATE = "state.json"
 
@@ -48,16 +49,20 @@ class ResumePoint:
         return {path.stem: load_file(path) for path in sorted(self.directory.glob("*.safetensors"))}
 
 
-def save(directory: Path, step: int, *, tensors: TensorGroups, state: dict[str, Any]) -> Path:
-    """Commit this process's own resume point of ``step``.
+def last_two(steps: Sequence[int]) -> Sequence[int]:
+    """Keep the newest point, and the one before in case the disk damages it."""
+    return steps[-2:]
 
-    All but the last :data:`NUM_KEPT` points up to it are removed.
+
+def save(directory: Path, step: int, *, tensors: TensorGroups, state: dict[str, Any], keep: Keep = last_two) -> Path:
+    """Commit this process's own resume point of ``step``.
 
     Args:
         directory: private directory of this process's run.
         step: optimizer steps done.
         tensors: come back from :meth:`ResumePoint.tensors`.
         state: JSON values.
+        keep: which points stay.
 
     Raises:
         ValueError: it could not be written, for example to a full disk. Earlier points stay as they were.
@@ -72,11 +77,19 @@ def save(directory: Path, step: int, *, tensors: TensorGroups, state: dict[str, 
         _start(partial)
         write(partial)
         _write_state(partial, state)
-        _commit(partial, final, [_described(path) for path in _files(partial)])
+        _commit(partial, final, [_described(path) for path in _files(partial)], keep)
     return final
 
 
-def save_together(directory: Path, step: int, *, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+def save_together(
+    directory: Path,
+    step: int,
+    *,
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    keep: Keep = last_two,
+    group: ProcessGroup | None = None,
+) -> Path:
     """Commit a resume point of all processes, as :func:`save`; every process calls it.
 
     Args:
@@ -84,26 +97,30 @@ def save_together(directory: Path, step: int, *, write: Callable[[Path], None], 
         step: optimizer steps done.
         write: called in every process with an existing directory, to write files that no other one writes.
         state: JSON values, of the first process.
+        keep: which points stay.
+        group: :func:`distill.distributed.background_group` in a thread beside the one that trains.
 
     Raises:
         ValueError: as :func:`save`, in the process that could not write.
     """
     final, partial = _places(directory, step)
-    with _explained(directory, step), distributed.limited(distributed.STORAGE_TIMEOUT):
+    # The group has its own; that of the others would be training's too.
+    limited = distributed.limited(distributed.STORAGE_TIMEOUT) if group is None else nullcontext()
+    with _explained(directory, step), limited:
         if distributed.is_main():
             _start(partial)
-        distributed.barrier()
+        distributed.barrier(group)
         write(partial)
         if distributed.is_main():
             _write_state(partial, state)
-        distributed.barrier()
+        distributed.barrier(group)
         # One process's list for all: others may see what is new in a shared directory only later.
-        names = distributed.gather_objects([path.relative_to(partial) for path in _files(partial)])[0]
+        names = distributed.gather_objects([path.relative_to(partial) for path in _files(partial)], group)[0]
         described = [_described(partial / name) for name in _own_share(names)]
-        files = [entry for entries in distributed.gather_objects(described) for entry in entries]
+        files = [entry for entries in distributed.gather_objects(described, group) for entry in entries]
         if distributed.is_main():
-            _commit(partial, final, sorted(files, key=lambda entry: entry[0]))
-        distributed.barrier()
+            _commit(partial, final, sorted(files, key=lambda entry: entry[0]), keep)
+        distributed.barrier(group)
     return final
 
 
@@ -190,8 +207,8 @@ def _write_state(partial: Path, state: dict[str, Any]) -> None:
     (partial / _STATE).write_text(json.dumps(state))
 
 
-def _commit(partial: Path, final: Path, files: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Write the marker over the files that are described, and have the point appear."""
+def _commit(partial: Path, final: Path, files: Sequence[tuple[str, dict[str, Any]]], keep: Keep) -> None:
+    """Write the marker over the files that are described, have the point appear, and remove those that do not stay."""
     (partial / _MARKER).write_text(json.dumps({"files": dict(files)}, indent=1))
     flush_to_disk(partial / _MARKER)
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
@@ -200,7 +217,7 @@ def _commit(partial: Path, final: Path, files: Sequence[tuple[str, dict[str, Any
         shutil.rmtree(final)
     partial.rename(final)
     flush_to_disk(final.parent)
-    _remove_all_but_last(final.parent, int(final.name.removeprefix("step_")))
+    _remove_all_but_kept(final.parent, int(final.name.removeprefix("step_")), keep)
 
 
 def _files(point: Path) -> list[Path]:
@@ -249,10 +266,10 @@ def _point_directory(directory: Path, step: int) -> Path:
     return directory / f"step_{step}"
 
 
-def _remove_all_but_last(directory: Path, newest_step: int) -> None:
+def _remove_all_but_kept(directory: Path, newest_step: int, keep: Keep) -> None:
     """Points beyond the newest are damaged ones that :func:`latest` passed over: they go too."""
     points = _points(directory)
-    kept = [step for step in points if step <= newest_step][-NUM_KEPT:]
+    kept = keep([step for step in points if step <= newest_step])
     for step, path in points.items():
         if step not in kept:
             shutil.rmtree(path)

@@ -18,6 +18,7 @@ from distill.data.batch import Batch
 from distill.engine.base import Engine
 from distill.metrics import Row, StepMeter
 from distill.optim import learning_rate
+from distill.point_writer import PointWriter
 from distill.tracking import Tracker
 
 FLUSH_EVERY_STEPS = 10
@@ -74,7 +75,7 @@ def train(
     """Train until the token budget is spent, going on from the newest resume point if there is one.
 
     Every process calls it. A finished run leaves a last resume point, so calling this again returns the same result
-    without a step.
+    without a step. Resume points are on disk when it returns or raises.
 
     Args:
         engine: holds the student, and whatever it is compared with.
@@ -95,35 +96,37 @@ def train(
         ValueError: a metric is not finite, or a resume point could not be written or loaded.
     """
     torch.manual_seed(seed + engine.data_rank)
-    run = _Run(
-        engine=engine,
-        batches=batches,
-        train=train,
-        resume_dir=resume_dir,
-        tracker=tracker,
-        held_out=held_out,
-        tokens_before=tokens_before,
-        desc=desc,
-        should_stop=should_stop,
-    )
-    num_steps_done = first_step = run.start()
-    with tqdm(
-        total=train.num_steps * train.tokens_per_step,
-        initial=first_step * train.tokens_per_step,
-        desc=desc,
-        unit="tok",
-        unit_scale=True,
-        leave=False,
-    ) as bar:
-        for step in range(first_step, train.num_steps):
-            tokens = (step + 1) * train.tokens_per_step
-            lr = learning_rate(optim, min(1.0, tokens / train.max_tokens))
-            metrics = engine.step(batches.batch(step, engine.data_rank, engine.num_data_ranks), lr=lr)
-            run.meter.add(metrics, tokens=tokens_before + tokens, lr=lr)
-            bar.update(train.tokens_per_step)
-            num_steps_done = step + 1
-            if run.after_step(num_steps_done, bar):
-                break
+    with PointWriter(resume_dir, keep=train.kept_points, background=train.resume_points.background) as points:
+        run = _Run(
+            engine=engine,
+            batches=batches,
+            train=train,
+            resume_dir=resume_dir,
+            points=points,
+            tracker=tracker,
+            held_out=held_out,
+            tokens_before=tokens_before,
+            desc=desc,
+            should_stop=should_stop,
+        )
+        num_steps_done = first_step = run.start()
+        with tqdm(
+            total=train.num_steps * train.tokens_per_step,
+            initial=first_step * train.tokens_per_step,
+            desc=desc,
+            unit="tok",
+            unit_scale=True,
+            leave=False,
+        ) as bar:
+            for step in range(first_step, train.num_steps):
+                tokens = (step + 1) * train.tokens_per_step
+                lr = learning_rate(optim, min(1.0, tokens / train.max_tokens))
+                metrics = engine.step(batches.batch(step, engine.data_rank, engine.num_data_ranks), lr=lr)
+                run.meter.add(metrics, tokens=tokens_before + tokens, lr=lr)
+                bar.update(train.tokens_per_step)
+                num_steps_done = step + 1
+                if run.after_step(num_steps_done, bar):
+                    break
     return TrainResult(tokens=num_steps_done * train.tokens_per_step, metrics=_last_values(run.curve), curve=run.curve)
 
 
@@ -137,6 +140,7 @@ class _Run:
         batches: BatchSource,
         train: TrainConfig,
         resume_dir: Path,
+        points: PointWriter,
         tracker: Tracker | None,
         held_out: Tensor | Batch | None,
         tokens_before: int,
@@ -149,12 +153,12 @@ class _Run:
         self._batches = batches
         self._train = train
         self._resume_dir = resume_dir
+        self._points = points
         self._tracker = tracker
         self._held_out = held_out
         self._tokens_before = tokens_before
         self._desc = desc
         self._should_stop = should_stop
-        self._last_point: Path | None = None
 
     def start(self) -> int:
         """Restore the newest resume point, or evaluate the model as it comes. Returns the first step to run."""
@@ -166,12 +170,13 @@ class _Run:
             self.curve = point.state["curve"]
             if self._tracker is not None:
                 self._tracker.restore(self.curve)
-            self._last_point = point.directory
+            self._points.found(point.directory)
         self.meter.restart()
         return 0 if point is None else point.step
 
     def after_step(self, num_steps_done: int, bar: tqdm) -> bool:
         """Read metrics, evaluate and write a resume point where one is due. Returns whether the run is to stop."""
+        self._points.check()
         train = self._train
         last = num_steps_done == train.num_steps
         evaluates = last or train.is_due(num_steps_done, train.eval_every_tokens)
@@ -183,7 +188,7 @@ class _Run:
         if evaluates:
             self._add_evaluation(step=num_steps_done)
         if saves:
-            self._save(num_steps_done)
+            self._save(num_steps_done, waits=last or stops)
         if evaluates or saves:
             self.meter.restart()
         return stops
@@ -203,9 +208,10 @@ class _Run:
     def _add(self, row: Row, step: int, *, read: str) -> None:
         for name, value in row.items():
             if not math.isfinite(value):
+                point = self._points.last_committed() or "none"
                 raise ValueError(
                     f"{self._desc}: {name} is {value} at step {step} ({row['tokens']:,} tokens), on {read}; last good "
-                    f"resume point: {self._last_point or 'none'}; lower optim.lr, or look at that data and at the "
+                    f"resume point: {point}; lower optim.lr, or look at that data and at the "
                     "weights that it started from"
                 )
         self.curve.append(row)
@@ -217,14 +223,11 @@ class _Run:
         epoch, offset = divmod(step * self._train.batch_size, self._batches.num_sequences)
         return f"the {self._train.batch_size} sequences from number {offset} of epoch {epoch}"
 
-    def _save(self, num_steps_done: int) -> None:
+    def _save(self, num_steps_done: int, *, waits: bool) -> None:
         tokens = num_steps_done * self._train.tokens_per_step
-        self._last_point = resume.save_together(
-            self._resume_dir,
-            num_steps_done,
-            write=self._engine.save,
-            state={"step": num_steps_done, "tokens": tokens, "curve": self.curve},
-        )
+        # The list grows while it is written, its rows do not change.
+        state = {"step": num_steps_done, "tokens": tokens, "curve": list(self.curve)}
+        self._points.save(num_steps_done, self._engine, state, waits=waits)
 
 
 def _last_values(curve: Iterable[Row]) -> Row:

@@ -13,7 +13,6 @@ import difflib
 import functools
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,9 +22,11 @@ from typing import Any, Literal, get_args, get_origin
 import dacite
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -167,12 +168,22 @@ def run_settings(pipeline: PipelineConfig | None, overrides: Sequence[str]) -> R
 
 def run_name(target: str, overrides: Sequence[str]) -> str:
     """A file name that is a function of what runs, never of the clock, so that a restarted job finds its state."""
-    telling = sorted(text for text in overrides if _top_level_key(text) not in ("run", "tracking", "cluster", "inputs"))
+    telling = sorted(text for text in overrides if is_telling(text) and _top_level_key(text) != "inputs")
     name = re.sub(r"[^\w.,=+-]+", "_", ",".join([target, *telling])).rstrip("_,")
     if len(name) <= MAX_NAME_LENGTH:
         return name
     digest = hashlib.sha256(",".join(telling).encode()).hexdigest()[:8]
     return f"{name[: MAX_NAME_LENGTH - 9]}-{digest}"
+
+
+def is_telling(override: str) -> bool:
+    """Whether an override can change what is computed, not only where and how it is kept."""
+    return _top_level_key(override) not in ("run", "tracking", "cluster", "hydra")
+
+
+def is_hydra(override: str) -> bool:
+    """Whether an override is for Hydra itself, such as ``hydra/launcher=joblib``."""
+    return _top_level_key(override) == "hydra"
 
 
 def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
@@ -182,7 +193,7 @@ def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
         ValueError: an override cannot be parsed.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides([text for text in overrides if not _is_hydra(text)])
+        parsed = OverridesParser.create().parse_overrides([text for text in overrides if not is_hydra(text)])
         points = [list(point) for point in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
     except HydraException as error:
         raise ValueError(_one_line(error, "config")) from error
@@ -194,26 +205,41 @@ def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
     return points
 
 
-def multirun(target: str, overrides: Sequence[str], job: Callable[[list[str]], None]) -> None:
-    """Run ``job`` for every point of a sweep with Hydra's sweeper and launcher (``hydra/launcher=joblib``, ...)."""
+def launchers() -> list[str]:
+    """Names that ``hydra/launcher=`` may have here: Hydra's own, and those of the plugins that are installed."""
+    Plugins.instance()
+    return sorted(Path(name).stem for name in ConfigStore.instance().list("hydra/launcher"))
 
-    @hydra.main(
-        version_base="1.3",
-        config_path=str(CONF),
-        config_name=f"pipeline/{target}" if target in pipeline_names() else "config",
-    )
+
+def multirun(target: str, overrides: Sequence[str], job: Callable[[int], None]) -> None:
+    """Call ``job`` with the number of every point of :func:`sweep_points`, where Hydra's launcher wants it: here, or
+    in processes and on machines that ``job`` is pickled for. It reports its errors itself.
+
+    Raises:
+        Exception: of whatever kind, where a launcher could not start its processes or has lost one.
+    """
+
     def task(_: DictConfig) -> None:
-        job([text.lstrip("+") for text in HydraConfig.get().overrides.task])
+        job(HydraConfig.get().job.num)
 
-    # Hydra takes its overrides from sys.argv alone, and lets new keys in with a plus sign.
+    # New keys need a plus sign.
     added = [f"+{text}" if text.startswith((STEP_PREFIX, INPUT_PREFIX)) else text for text in overrides]
-    sys.argv = [sys.argv[0], "--multirun", *added]
-    task()
+    with _hydra():
+        sweeper = GlobalHydra.instance().hydra
+        assert sweeper is not None
+        sweeper.multirun(f"pipeline/{target}" if target in pipeline_names() else "config", task, added)
 
 
 def to_yaml(value: Mapping[str, Any]) -> str:
     """A mapping of plain values as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(value)))
+
+
+def from_yaml(text: str) -> dict[str, Any]:
+    """The mapping that :func:`to_yaml` wrote as ``text``."""
+    mapping = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(mapping, dict)
+    return {str(key): value for key, value in mapping.items()}
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -338,7 +364,3 @@ def _suggestion(key: str, known: Any) -> str:
 
 def _top_level_key(override: str) -> str:
     return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0]
-
-
-def _is_hydra(override: str) -> bool:
-    return _top_level_key(override) == "hydra"

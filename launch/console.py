@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch.artifact import Artifact
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from launch.slurm import StepJob
 
 _console = Console(highlight=False, soft_wrap=True)
+_label = ""
 
 
 def listener(num_steps: int) -> Listener:
@@ -25,17 +27,20 @@ def listener(num_steps: int) -> Listener:
 
     def started(step: str, stage: str, change: str | None) -> None:
         if change:
-            _console.print(f"[yellow]{step}: changed since the last run of this name: {change}[/]")
+            _console.print(f"{_label}[yellow]{step}: changed since the last run of this name: {change}[/]")
 
     def finished(step: str, artifact: Artifact, cached: bool) -> None:
         nonlocal done
         done += 1
         time = "   cached" if cached else f"{artifact.manifest.seconds:7.1f} s"
         _console.print(
-            f"[dim]{done:2d}/{num_steps}[/] [bold]{step:<14}[/] [dim]{time}[/]  {artifact.manifest.headline}"
+            f"{_label}[dim]{done:2d}/{num_steps}[/] [bold]{step:<14}[/] [dim]{time}[/]  {artifact.manifest.headline}"
         )
 
-    return Listener(started=started, waiting=lambda message: _console.print(f"[yellow]{message}[/]"), finished=finished)
+    def waiting(message: str) -> None:
+        _console.print(f"{_label}[yellow]{message}[/]")
+
+    return Listener(started=started, waiting=waiting, finished=finished)
 
 
 def print_plan(steps: Sequence[PlannedStep], store: Store) -> None:
@@ -69,7 +74,25 @@ def print_jobs(jobs: Sequence[StepJob], ids: Mapping[str, str], run: RunDirector
 
 def say(message: str) -> None:
     """One line on standard output."""
-    _console.print(message)
+    _console.print(_label + message)
+
+
+def label_lines(label: str) -> None:
+    """Put ``label`` before every line of a run from now on: several runs talk at once."""
+    global _label
+    _label = f"[cyan]{escape(label)}[/] "
+
+
+def complain_of(error: Exception, *, of: str = "") -> None:
+    """``error``, of the run ``of``, as one line on standard error."""
+    complain(escape(f"{of}: {describe(error)}" if of else describe(error)))
+
+
+def describe(error: Exception) -> str:
+    """What a user needs to know of an error, on one line."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'operating system'}: {error.strerror or error}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def complain(message: str) -> None:

@@ -17,7 +17,7 @@ from launch.canvas import ROLES, model_role
 from launch.cost_section import compare_costs, latency_pictures, parent_by_batch_size, run_costs
 from launch.figures import Picture, picture
 from launch.finished_run import FinishedRun, read_architecture, read_json
-from launch.recovery import TRAINING_STAGES, read_curves
+from launch.recovery_section import forecast_pictures, recovery_pictures
 from launch.search_section import other_metrics, pareto_pictures, score_pictures
 from launch.strip import architecture_strip
 
@@ -55,7 +55,7 @@ def render_page(report: Mapping[str, Any], run: FinishedRun) -> str:
         lengths=[*_lengths(run)],
         strip=architecture_strip(parent, read_architecture(run.unfused), final),
         quality=[*_quality_against_latency(report), *pareto_pictures(run)],
-        recovery=[*_recovery(run)],
+        recovery=[*recovery_pictures(run), *forecast_pictures(run)],
         fusion=[*_dependency(run)],
         scores=[*score_pictures(run)],
         scores_by_other_metrics=other_metrics(run),
@@ -99,48 +99,6 @@ def _quality_against_latency(report: Mapping[str, Any]) -> Iterator[Picture]:
             "Held-out LM loss and decode latency of every model, joined in pipeline order. Down and left is better; "
             "the dotted line is the parent's loss.",
             figures.quality_against_latency(points),
-        )
-
-
-def _recovery(run: FinishedRun) -> Iterator[Picture]:
-    trained = {step: artifact for step, artifact in run.steps.items() if artifact.manifest.stage in TRAINING_STAGES}
-    metrics = ("eval/kld", "eval/kld_top_k", "eval/lm_loss", "eval/top1_agreement_frac")
-    curves = [curve for step, a in trained.items() for curve in read_curves(a.path / "metrics.jsonl", step, metrics)]
-    kld, kld_top_k, lm_loss, top1 = ([curve for curve in curves if curve.metric == metric] for metric in metrics)
-    if kld:
-        yield picture(
-            "KL to the teacher",
-            "Forward KL on held-out sequences while training goes on, against the tokens of distillation and context "
-            "extension. 0 is the teacher itself.",
-            figures.recovery_curves(kld, levels={}, label="KLD, nats per token", name="recovery of KLD"),
-        )
-    if kld_top_k:
-        yield picture(
-            "KL to the teacher's likeliest tokens",
-            "Forward KL on the cached tokens and the rest, a lower bound of that on the whole vocabulary, on held-out "
-            "sequences while training goes on.",
-            figures.recovery_curves(
-                kld_top_k, levels={}, label="KLD of the top k, nats per token", name="recovery of KLD of the top k"
-            ),
-        )
-    if lm_loss:
-        levels = {
-            f"teacher of {step}": artifact.manifest.metrics["teacher"]["lm_loss"]
-            for step, artifact in trained.items()
-            if "teacher" in artifact.manifest.metrics
-        }
-        yield picture(
-            "LM loss",
-            "Next-token loss on the same sequences; dashed, the teacher's.",
-            figures.recovery_curves(
-                lm_loss, levels=levels, label="LM loss, nats per token", name="recovery of LM loss"
-            ),
-        )
-    if top1:
-        yield picture(
-            "Agreement with the teacher",
-            "Share of held-out positions where student and teacher put the same token first.",
-            figures.recovery_curves(top1, levels={}, label="top-1 agreement", name="recovery of agreement"),
         )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill.config import EngineConfig, ObjectiveConfig, PhaseConfig, TrainConfig
+from distill.config import EngineConfig, ObjectiveConfig, TrainConfig
+from distill.context_phases import PhaseConfig
 from launch.plan_activations import Numerics, Shape, forward_bytes
 from launch.plan_heads import chunk_rows
 from launch.plan_memory import Memory, Step
@@ -36,7 +37,7 @@ STORED_BYTES = 2
 STATE_BYTES = 12
 """Per parameter of a resume point: fp32 weights and AdamW's moments, whatever the engine."""
 POINTS_ON_DISK = 3
-"""Resume points at once: ``distill.resume.NUM_KEPT``, and the one that is being written."""
+"""Resume points at once: the newest two, unless ``resume_points`` says otherwise, and the one that is being written."""
 TRAINEE_BYTES = 16
 """Per parameter of a replacement in BLD (``puzzle.bld.TRAINING_BYTES_PER_PARAM``)."""
 

@@ -100,7 +100,7 @@ def run_body(stage: str, config: Any, inputs: Inputs, context: StageContext) -> 
 
 def _follow() -> int:
     """Serve the first process until it has no more to do."""
-    _silence_progress_bars()
+    silence_progress_bars()
     while True:
         try:
             task = _distributed().from_first()
@@ -154,7 +154,8 @@ def _body(task: _Task) -> StageResult:
     return STAGES[task.stage].load_body()(task.config, task.inputs, task.context)
 
 
-def _silence_progress_bars() -> None:
+def silence_progress_bars() -> None:
+    """Draw none in this process, whose output mixes with that of others."""
     from tqdm import tqdm
 
     draw = tqdm.__init__

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy", "hydra-core")
-ARGV = tuple(sys.argv)
-"""The command as it was typed; a sweep changes ``sys.argv``."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -29,7 +27,8 @@ def _process_provenance() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "dirty_diff_sha256": _dirty_diff(),
-        "argv": list(ARGV),
+        "argv": list(sys.argv),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "hardware": {"cpu": cpu_name(), "num_cores": os.cpu_count(), "gpus": list(gpu_names())},

@@ -13,6 +13,7 @@ from launch.finished_run import PARENT, FinishedRun, num_attentions, read_archit
 from launch.page import render_page
 from launch.recovery import TRAINING_STAGES, reference_model
 from launch.search_section import searches
+from launch.store import full_disk_explained
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture
 
@@ -31,16 +32,35 @@ def write_report(run_dir: Path, run_name: str, steps: Mapping[str, Artifact]) ->
         The page.
 
     Raises:
-        ValueError: the run has no model to report on.
+        ValueError: the run has no model to report on, or the disk is full: an earlier report stays as it was.
     """
     run = FinishedRun(steps)
     report = build_report(run_name, run)
     directory = run_dir / "report"
-    directory.mkdir(parents=True, exist_ok=True)
     page = directory / "index.html"
-    (directory / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    page.write_text(render_page(report, run), encoding="utf-8")
+    texts = {
+        directory / "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        page: render_page(report, run),
+    }
+    way_out = "free some space and give the same command again: all artifacts are there, and only the report is written"
+    with full_disk_explained(run_dir, writer="the report", way_out=way_out):
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_whole(texts)
     return page
+
+
+def _write_whole(texts: Mapping[Path, str]) -> None:
+    """Write all files, or leave all as they were."""
+    partial = {path.with_name(f".{path.name}.tmp"): path for path in texts}
+    try:
+        for temporary, path in partial.items():
+            temporary.write_text(texts[path], encoding="utf-8")
+    except OSError:
+        for temporary in partial:
+            temporary.unlink(missing_ok=True)
+        raise
+    for temporary, path in partial.items():
+        temporary.rename(path)
 
 
 def build_report(run_name: str, run: FinishedRun) -> dict[str, Any]:

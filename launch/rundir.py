@@ -25,6 +25,11 @@ class RunDirectory:
     root: Path
     name: str
 
+    @classmethod
+    def at(cls, path: Path) -> RunDirectory:
+        """The run whose directory is ``path``."""
+        return cls(root=path.parent, name=path.name)
+
     @property
     def path(self) -> Path:
         """The run's own directory."""
@@ -39,6 +44,11 @@ class RunDirectory:
     def config_file(self) -> Path:
         """What ran, resolved."""
         return self.path / "config.yaml"
+
+    @property
+    def steps_file(self) -> Path:
+        """Order and fingerprints of the steps; it is there once the run has finished."""
+        return self.path / "steps.json"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -80,7 +90,7 @@ class RunDirectory:
         """Record the steps' order, so that a report can be made again from the directory alone."""
         temporary = self.path / ".steps.json.tmp"
         temporary.write_text(json.dumps(dict(steps), indent=1))
-        temporary.rename(self.path / "steps.json")
+        temporary.rename(self.steps_file)
 
     def read_steps(self) -> dict[str, Artifact]:
         """Artifacts by step, in order.
@@ -88,7 +98,7 @@ class RunDirectory:
         Raises:
             ValueError: the directory is not a run, or the run has not finished.
         """
-        file = self.path / "steps.json"
+        file = self.steps_file
         if not file.is_file():
             raise ValueError(
                 f"{self.path} is not a finished run: it has no steps.json; name a directory under run.root"

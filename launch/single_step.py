@@ -97,6 +97,7 @@ def _compute(
     listener: Listener,
 ) -> tuple[Artifact, bool]:
     if step.name in found:
+        store.clear_private_state(found[step.name].manifest.recipe)
         return found[step.name], True
     check_processes(step.stage, step.config)
     recipe = _recipe(step, found)

@@ -12,13 +12,12 @@ from distill.config import (
     DataConfig,
     EngineConfig,
     EvaluateConfig,
-    ExtendContextConfig,
     ObjectiveConfig,
     OptimConfig,
-    PhaseConfig,
     TrainConfig,
     require,
 )
+from distill.context_phases import ExtendContextConfig, PhaseConfig
 from distill.data.generation import GenerationConfig
 from distill.engine.layout import check_layout, check_objective_memory, check_options, check_whole_model
 from distill.teacher_cache import TeacherCacheConfig, check_objective

@@ -75,6 +75,10 @@ class Store:
         """Where its stage keeps private state until the commit."""
         return self.root / ".resume" / self.path(recipe).name
 
+    def clear_private_state(self, recipe: Recipe) -> None:
+        """Remove what the stage of a committed artifact kept until then: a kill right after the commit leaves it."""
+        shutil.rmtree(self.resume_path(recipe), ignore_errors=True)
+
     def find(self, recipe: Recipe) -> Artifact | None:
         """The committed artifact of ``recipe``, verified, or None.
 
@@ -111,8 +115,7 @@ class Store:
         """
         found = self.find(job.recipe)
         if found is not None:
-            # A kill right after the commit leaves the stage's private state behind.
-            shutil.rmtree(self.resume_path(job.recipe), ignore_errors=True)
+            self.clear_private_state(job.recipe)
             return found, True
         with self._lock(job.recipe, on_wait):
             found = self.find(job.recipe)
@@ -146,22 +149,20 @@ class Store:
             if leftover.exists():
                 shutil.rmtree(leftover)
         started = time.monotonic()
-        try:
-            make_directory(out)
-            make_directory(resume)
-            result = job.body(job.context(out, resume))
-            manifest = self._manifest(job, result, out, seconds=time.monotonic() - started)
-            artifact = commit(out, manifest, to=place)
-        except (Exception, KeyboardInterrupt) as error:
-            shutil.rmtree(out, ignore_errors=True)
-            if is_disk_full(error):
-                free_gib = shutil.disk_usage(self.root).free / 2**30
-                raise ValueError(
-                    f"the disk under {self.root} is full ({free_gib:.2f} GiB free) while {job.recipe.stage} wrote; "
-                    "free some space, or set run.root=<another disk>, and start again: earlier artifacts and "
-                    "resume points are whole"
-                ) from error
-            raise
+        way_out = (
+            "free some space, or set run.root=<another disk>, and start again: earlier artifacts and resume points are "
+            "whole"
+        )
+        with full_disk_explained(self.root, writer=job.recipe.stage, way_out=way_out):
+            try:
+                make_directory(out)
+                make_directory(resume)
+                result = job.body(job.context(out, resume))
+                manifest = self._manifest(job, result, out, seconds=time.monotonic() - started)
+                artifact = commit(out, manifest, to=place)
+            except (Exception, KeyboardInterrupt):
+                shutil.rmtree(out, ignore_errors=True)
+                raise
         shutil.rmtree(resume, ignore_errors=True)
         self._verified.add(str(artifact.path.resolve()))
         return artifact
@@ -215,6 +216,29 @@ def make_directory(path: Path) -> None:
             raise
         raise ValueError(
             f"cannot create {path}: {error.strerror}; set run.root to a directory that you may write to"
+        ) from error
+
+
+@contextmanager
+def full_disk_explained(place: Path, *, writer: str, way_out: str) -> Iterator[None]:
+    """Turn a failure for want of space into one line.
+
+    Args:
+        place: on the disk.
+        writer: what wrote, "the report".
+        way_out: what to do.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        free_gib = shutil.disk_usage(place).free / 2**30
+        raise ValueError(
+            f"the disk under {place} is full ({free_gib:.2f} GiB free) while {writer} wrote; {way_out}"
         ) from error
 
 

@@ -162,7 +162,9 @@ class GroupRun:
         started = time.perf_counter()
         init_errors = [(error.nmse, error.loss) for error in self.init_errors]
         state = {"init_errors": init_errors, "curve": self.curve}
-        resume.save(self._resume_dir, num_steps, tensors=self.trainees.state_dict(), state=state)
+        resume.save(
+            self._resume_dir, num_steps, tensors=self.trainees.state_dict(), state=state, keep=train.kept_points
+        )
         self._next_save = time.perf_counter() + (time.perf_counter() - started) / MAX_SAVING_FRAC
         self._meter.restart()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -63,6 +63,14 @@ class Engine(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write everything that :meth:`load` needs into an existing directory that all ranks share."""
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy what :meth:`save` would write to CPU memory: of each parameter 12 bytes over all ranks together.
+
+        Returns:
+            :meth:`save` of the copy, which later steps do not change. Every rank may call it in a thread of its own
+            while it trains; the ranks then talk over :func:`distill.distributed.background_group`.
+        """
 
     def load(self, directory: Path) -> None:
         """Undo of :meth:`save`, before the first step.

@@ -15,22 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill import distributed
 from distill.config import EngineConfig, OptimConfig, require
 from distill.data.batch import Batch
+from distill.engine import deepspeed_files
 from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
-from distill.engine.random_state import load_random_state, save_random_state
+from distill.engine.random_state import load_random_state, random_state
 from distill.engine.setup import ModelProvider, TrainingSetup
 from distill.engine.student_step import StudentStep, evaluate_step, own_part, prepare_student, sum_metrics, trains_head
 from distill.engine.teachers import build_teachers
 from distill.objective import Objective, Totals
 from distill.optim import build_optimizer
 
-_STATE = "zero"
-"""Directory of a resume point with one file per parameter."""
 _MASTER, _MOMENTS, _COUNT = "fp32", ("exp_avg", "exp_avg_sq"), "step"
 
 
@@ -158,19 +156,26 @@ class DeepSpeedEngine:
         One file per parameter with its master weight, its moments and the number of steps, written by the ranks in
         turn: what DeepSpeed's universal checkpoint holds. Any number of ranks can load it, under any stage.
         """
-        state = directory / _STATE
-        state.mkdir(exist_ok=True)
-        distributed.barrier()
+        deepspeed_files.write(directory, self._own_share(), random_state(self.device))
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """See :class:`distill.engine.base.Engine`. Gathers as :meth:`save` does."""
+        share = [
+            (name, {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()})
+            for name, tensors in self._own_share()
+        ]
+        return partial(deepspeed_files.write, share=share, random=random_state(self.device))
+
+    def _own_share(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Whole state of the parameters that this rank writes; every rank goes through it."""
         for index, (name, parameter) in enumerate(self._parameters.items()):
             whole = {_MASTER: self._whole(parameter), **{key: self._whole(parameter, key) for key in _MOMENTS}}
             if index % distributed.world_size() == distributed.rank():
-                tensors = {key: tensor.contiguous() for key, tensor in whole.items()}
-                save_file({**tensors, _COUNT: self._step_counts()[0]}, state / f"{name}.safetensors")
-        save_random_state(directory, self.device)
+                yield name, {**whole, _COUNT: self._step_counts()[0]}
 
     def load(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`."""
-        state = directory / _STATE
+        state = directory / deepspeed_files.STATE
         require(
             state.is_dir(),
             f"{directory} is no resume point of engine.name=deepspeed; go on with the engine that wrote it, or remove "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,11 +52,29 @@ class Place:
     """Of the whole tensors, by name."""
 
 
-def save(directory: Path, optimizer: Optimizer, parameters: Mapping[str, Any], place: Place) -> None:
-    """Write this rank's part into ``directory``.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one rank writes."""
+
+    rank: int
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+    def write(self, directory: Path) -> None:
+        """Write it into ``directory``, which all ranks share, without a message to any other."""
+        directory.mkdir(exist_ok=True)
+        metadata = {name: json.dumps(value) for name, value in self.header.items()}
+        save_file(self.tensors, directory / f"rank_{self.rank:05d}.safetensors", metadata=metadata)
+
+    def copied(self) -> Part:
+        """The same in CPU memory, which later steps do not change."""
+        return replace(self, tensors={name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()})
+
+
+def own_part(optimizer: Optimizer, parameters: Mapping[str, Any], place: Place) -> Part:
+    """This rank's part of the state, itself.
 
     Args:
-        directory: shared by all ranks; exists.
         optimizer: what is saved.
         parameters: of the stage, by name.
         place: of this process.
@@ -75,12 +93,11 @@ def save(directory: Path, optimizer: Optimizer, parameters: Mapping[str, Any], p
         "num_tensor_ranks": place.num_tensor_ranks,
         "starts": starts,
     }
-    path = directory / f"rank_{place.rank:05d}.safetensors"
-    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in header.items()})
+    return Part(rank=place.rank, tensors=tensors, header=header)
 
 
 def load(directory: Path, optimizer: Optimizer, place: Place) -> None:
-    """Undo of :func:`save`, also of one by another number of tensor, pipeline and data ranks; every rank calls it.
+    """Undo of :meth:`Part.write`, also by another number of tensor, pipeline and data ranks; every rank calls it.
 
     Raises:
         ValueError: files are missing or damaged, or hold the state of another model.

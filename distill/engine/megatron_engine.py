@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,15 @@ class MegatronEngine:
 
         Every rank writes what it keeps of master weights and moments, without a message to any other.
         """
-        own = directory / _STATE
-        if distributed.is_main():
-            own.mkdir()
-        distributed.barrier()
-        megatron_checkpoint.save(own, self._optimizer, self._parameters, self._place())
+        self._own_part().write(directory / _STATE)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """See :class:`distill.engine.base.Engine`."""
+        copied = self._own_part().copied()
+        return lambda directory: copied.write(directory / _STATE)
+
+    def _own_part(self) -> megatron_checkpoint.Part:
+        return megatron_checkpoint.own_part(self._optimizer, self._parameters, self._place())
 
     def load(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`."""

@@ -6,20 +6,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from distill import distributed
 
 
-def save_random_state(directory: Path, device: torch.device) -> None:
-    """Write this rank's state of torch's generators, of the CPU and of ``device``, into ``directory``."""
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """A copy of the state of torch's generators, of the CPU and of ``device``."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def write_random_state(directory: Path, state: dict[str, Tensor]) -> None:
+    """Write this rank's :func:`random_state` into ``directory``."""
     save_file(state, _file(directory))
 
 
 def load_random_state(directory: Path, device: torch.device) -> None:
-    """Undo of :func:`save_random_state`. Written by another number of ranks, it is left alone."""
+    """Undo of :func:`write_random_state`. Written by another number of ranks, it is left alone."""
     if not _file(directory).is_file():
         return
     state = load_file(_file(directory))

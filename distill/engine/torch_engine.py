@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,11 @@ class TorchEngine:
 
     def save(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`. Any number of ranks can load it, sharded or not."""
-        torch_state.save(directory, self.student, self._optimizer, self.device)
+        torch_state.current(self.student, self._optimizer, self.device).write(directory)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """See :class:`distill.engine.base.Engine`."""
+        return torch_state.snapshot(self.student, self._optimizer, self.device).write
 
     def load(self, directory: Path) -> None:
         """See :class:`distill.engine.base.Engine`."""

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import resource
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,6 +120,51 @@ def test_the_marker_covers_every_file(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     files = json.loads((tmp_path / "step_1" / "commit.json").read_text())["files"]
     assert {*files, "commit.json"} == set(_names(tmp_path / "step_1"))
+
+
+def _save_until_killed(directory: str, owner: object, function: str, number: int) -> None:
+    original, left = getattr(owner, function), [number]
+
+    def call(*arguments: object, **named: object) -> object:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return original(*arguments, **named)
+
+    setattr(owner, function, call)
+    _save(Path(directory), 3)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "number", "newest", "standing"),
+    [
+        pytest.param(resume, "save_file", 0, 2, ["step_1", "step_2", "step_3.tmp"], id="no file"),
+        pytest.param(resume, "save_file", 2, 2, ["step_1", "step_2", "step_3.tmp"], id="some files"),
+        pytest.param(resume, "sha256_of", 0, 2, ["step_1", "step_2", "step_3.tmp"], id="no checksum"),
+        # Four files are flushed before the marker.
+        pytest.param(resume, "flush_to_disk", 4, 2, ["step_1", "step_2", "step_3.tmp"], id="marker not flushed"),
+        pytest.param(Path, "rename", 0, 2, ["step_1", "step_2", "step_3.tmp"], id="not in place"),
+        pytest.param(resume, "flush_to_disk", 6, 3, ["step_1", "step_2", "step_3"], id="its name not flushed"),
+        pytest.param(shutil, "rmtree", 0, 3, ["step_1", "step_2", "step_3"], id="the oldest still there"),
+        pytest.param(os, "rmdir", 0, 3, ["step_1", "step_2", "step_3"], id="the oldest half removed"),
+    ],
+)
+def test_a_kill_around_the_commit_leaves_whole_points(
+    tmp_path: Path, owner: object, function: str, number: int, newest: int, standing: list[str]
+) -> None:
+    _save(tmp_path, 1, 2)
+    arguments = (str(tmp_path), owner, function, number)
+    process = multiprocessing.get_context("fork").Process(target=_save_until_killed, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert _names(tmp_path) == standing
+    point = resume.latest(tmp_path)
+    assert point is not None
+    assert point.step == newest
+    assert point.tensors()["optimizer"]["weight/step"] == newest
+    _save(tmp_path, 4)
+    assert _names(tmp_path) == [f"step_{newest}", "step_4"]
 
 
 @pytest.fixture

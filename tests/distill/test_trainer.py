@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig
+from distill import resume
+from distill.config import (
+    EngineConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ResumePointsConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from distill.data.batch import Batch
 from distill.engine.base import create_engine
 from distill.engine.setup import ModelProvider, TrainingSetup
@@ -152,6 +162,91 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(lab: Lab, tm
     assert other.rows() == result.curve
 
 
+@dataclass
+class Opening:
+    """Batches of a run that dies at one step, and lets resume points be written from an earlier one on."""
+
+    batches: BatchSource
+    opens_at: int
+    dies_at: int
+    may_write: threading.Event
+    num_sequences: int = 12
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        if step == self.opens_at:
+            self.may_write.set()
+        if step == self.dies_at:
+            raise KeyboardInterrupt
+        return self.batches.batch(step, rank, num_ranks)
+
+
+@pytest.mark.parametrize("dies_at", [9, 14])
+def test_steps_made_while_a_point_is_written_do_not_change_it(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    """The state after 5 steps reaches the disk after step 9: four in-place updates later."""
+    uninterrupted = lab.engine(seed=0, dropout=0.2)
+    reference = lab.run(uninterrupted)
+
+    may_write, start = threading.Event(), resume._start
+
+    def start_late(partial: Path) -> None:
+        assert may_write.wait(60), "training waits for the disk"
+        start(partial)
+
+    other = replace(lab, directory=tmp_path / "other")
+    other.directory.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "_start", start_late)
+        with pytest.raises(KeyboardInterrupt):
+            other.run(lab.engine(seed=0, dropout=0.2), batches=Opening(lab.batches, 9, dies_at, may_write))
+    assert other.points() == (["step_5"] if dies_at == 9 else ["step_10", "step_5"])
+    resumed = lab.engine(seed=0, dropout=0.2)
+    result = other.run(resumed)
+
+    expected = _parameters(uninterrupted)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(resumed).items())
+    assert _without_clock(result.curve) == _without_clock(reference.curve)
+
+
+def test_a_run_is_the_same_whoever_waits_for_its_points(lab: Lab, tmp_path: Path) -> None:
+    waiting, other = lab.engine(seed=0, dropout=0.2), replace(lab, directory=tmp_path / "other")
+    other.directory.mkdir()
+    beside = lab.engine(seed=0, dropout=0.2)
+    result = lab.run(waiting, config=replace(TRAIN, resume_points=ResumePointsConfig(background=False)))
+    assert _without_clock(other.run(beside).curve) == _without_clock(result.curve)
+    expected = _parameters(waiting)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(beside).items())
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_ends_the_run_with_one_line_and_costs_no_earlier_point(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    reference = lab.engine(seed=0)
+    result = lab.run(reference)
+    other = replace(lab, directory=tmp_path / "other")
+    other.directory.mkdir()
+    config = replace(TRAIN, resume_points=ResumePointsConfig(background=background))
+
+    def no_space_left(path: Path) -> None:
+        if "step_15.tmp" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"^step_15 could not be written to .*No space left.*; make room and run again to go on from step_10$"
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "flush_to_disk", no_space_left)
+        with pytest.raises(ValueError, match=message) as error:
+            other.run(lab.engine(seed=0), config=config)
+    assert "\n" not in str(error.value)
+    assert other.points() == ["step_10", "step_5"]
+
+    resumed = lab.engine(seed=0)
+    assert _without_clock(other.run(resumed, config=config).curve) == _without_clock(result.curve)
+    expected = _parameters(reference)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(resumed).items())
+
+
 def test_a_finished_run_is_not_run_again(lab: Lab) -> None:
     first = lab.engine(seed=0)
     result = lab.run(first)
@@ -165,6 +260,35 @@ def test_a_finished_run_is_not_run_again(lab: Lab) -> None:
 def test_the_newest_two_resume_points_stay(lab: Lab) -> None:
     lab.run(lab.engine(seed=0))
     assert lab.points() == ["step_15", "step_20"]
+
+
+@pytest.mark.parametrize(
+    ("points", "kept"),
+    [
+        (ResumePointsConfig(newest=1), ["step_20"]),
+        (ResumePointsConfig(newest=3), ["step_10", "step_15", "step_20"]),
+        (ResumePointsConfig(newest=1, every=2), ["step_10", "step_20"]),
+        (ResumePointsConfig(newest=2, every=1), ["step_10", "step_15", "step_20", "step_5"]),
+    ],
+)
+def test_which_points_stay_is_configured(lab: Lab, points: ResumePointsConfig, kept: list[str]) -> None:
+    lab.run(lab.engine(seed=0), config=replace(TRAIN, resume_points=points))
+    assert lab.points() == kept
+
+
+def test_every_nth_point_is_one_that_fell_due() -> None:
+    """Steps of 32 tokens, a point every 100: after steps 4, 7, 10, 13. One in between, of a preemption, is none."""
+    config = replace(TRAIN, resume_every_tokens=100, resume_points=ResumePointsConfig(newest=1, every=2))
+    assert config.kept_points([4, 7, 8, 10, 13, 14]) == [7, 13, 14]
+    assert config.kept_points([4]) == [4]
+    assert config.kept_points([]) == []
+
+
+def test_retention_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"resume_points.newest must be >= 1, got 0"):
+        ResumePointsConfig(newest=0)
+    with pytest.raises(ValueError, match=r"resume_points.every must be >= 0 \(0: none\), got -1"):
+        ResumePointsConfig(every=-1)
 
 
 def test_resume_points_default_to_a_tenth_of_the_budget(lab: Lab) -> None:

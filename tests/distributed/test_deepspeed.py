@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill import distributed
@@ -81,11 +83,28 @@ def train(run: Run) -> dict[str, list[float]]:
             metrics.setdefault(name, []).append(float(value))
         if run.save is not None and step + 1 == run.save_after:
             engine.save(run.save)
+            write = engine.snapshot()
+    if run.save is not None:
+        _assert_written_as_then(write, run.save)
     held_out = torch.randint(0, 320, (3, SEQ_LEN), generator=torch.Generator().manual_seed(99))
     metrics |= {f"eval/{name}": [value] for name, value in engine.evaluate(held_out).items()}
     if run.export is not None:
         engine.export(run.export)
     return metrics
+
+
+def _assert_written_as_then(write: Callable[[Path], None], saved: Path) -> None:
+    """What is written after further steps is what was saved before them."""
+    late = saved.with_name(f"{saved.name}_late")
+    late.mkdir(exist_ok=True)
+    write(late)
+    distributed.barrier()
+    files = sorted(path.relative_to(saved) for path in saved.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(late) for path in late.rglob("*.safetensors"))
+    for file in files:
+        expected, found = load_file(saved / file), load_file(late / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def train_together(*runs: Run) -> list[dict[str, list[float]]]:

@@ -88,8 +88,12 @@ def _chain_of_layouts(setup: TrainingSetup, root: Path) -> None:
                 engine.load(root / str(index - 1))
             if distributed.is_main():
                 (root / str(index)).mkdir()
+                (root / f"{index}_late").mkdir()
             distributed.barrier()
             engine.save(root / str(index))
+            write = engine.snapshot()
+            train_steps(engine, 2, 3)
+            write(root / f"{index}_late")
 
     in_process(run)
 
@@ -109,6 +113,9 @@ def test_state_stays_the_same_bit_for_bit_from_layout_to_layout(
         assert tensors.keys() == last[name].keys()
         for key, tensor in tensors.items():
             assert torch.equal(last[name][key], tensor), f"{name}: {key}"
+    for index in range(5):
+        then, late = _state(tmp_path / str(index)), _state(tmp_path / f"{index}_late")
+        assert all(torch.equal(late[name][key], tensor) for name in then for key, tensor in then[name].items())
     # Each data rank keeps half of the master weights and of two moments.
     stored = _weights(models["tied"].student)
     total = 3 * sum(weight.numel() for name, weight in stored.items() if name != "lm_head.weight")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import distributed
+from distill import distributed, resume
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from distill.data.batch import Batch
 from distill.engine.base import Engine, create_engine
@@ -245,6 +247,49 @@ def test_a_sharded_student_is_read_once_by_all_ranks_together(
     for name, tensor in expected.items():
         assert sum(rank[name] for rank in by_rank) == tensor.nbytes, name
         assert torch.equal(found[name], tensor), name
+
+
+def _train_with_late_points(models: Models, resume_dir: Path, layout: dict[str, Any]) -> None:
+    """Nothing of the point after step 5 is written before step 9 is made, and the run dies there."""
+    distributed.join()
+    may_write, start = threading.Event(), resume._start
+
+    def start_late(partial: Path) -> None:
+        assert may_write.wait(60), "training waits for the disk"
+        start(partial)
+
+    class Batches(RandomBatches):
+        def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+            if step == 9:
+                may_write.set()
+                raise KeyboardInterrupt
+            return super().batch(step, rank, num_ranks)
+
+    resume._start = start_late
+    with distributed.together(), contextlib.suppress(KeyboardInterrupt):
+        train(
+            models.engine(**layout),
+            batches=Batches(),
+            train=TRAIN,
+            optim=OPTIM,
+            seed=3,
+            resume_dir=resume_dir,
+            tracker=None,
+            held_out=HELD_OUT,
+            desc="pico",
+        )
+
+
+@pytest.mark.parametrize("layout", [{}, {"shard": True}, {"offload_optimizer": True}], ids=["ddp", "fsdp", "offload"])
+def test_ranks_train_while_a_point_of_theirs_is_written(
+    models: Models, tmp_path: Path, run_in_processes: RunInProcesses, layout: dict[str, Any]
+) -> None:
+    """Each of them copies its part, and what all have whole is copied once. One process goes on from it."""
+    _train_until(models, tmp_path / "uninterrupted", -1, {}, tmp_path / "expected")
+    run_in_processes(2, _train_with_late_points, models, tmp_path / "resume", layout)
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["step_5"]
+    _train_until(models, tmp_path / "resume", -1, {}, tmp_path / "out")
+    _assert_close(tmp_path / "out", _weights(tmp_path / "expected"))
 
 
 def test_a_run_goes_on_under_another_layout(models: Models, tmp_path: Path, run_in_processes: RunInProcesses) -> None:

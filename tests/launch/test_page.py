@@ -16,6 +16,7 @@ FIGURES = {
     "recovery of KLD",
     "recovery of LM loss",
     "recovery of agreement",
+    "forecast of distilled",
     "dependency matrix",
     "direction change",
     "replace-1-block scores",

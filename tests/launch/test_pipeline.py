@@ -11,6 +11,7 @@ from launch.config import PipelineConfig, StepConfig, compose_pipeline
 from launch.pipeline import Listener, plan, run_steps
 from launch.registry import STAGES, Stage
 from launch.rundir import RunDirectory
+from launch.single_step import run_step
 from launch.stage import Inputs, StageContext, StageResult
 from launch.store import Store
 
@@ -233,3 +234,19 @@ def test_without_a_fusion_no_search_may_count_on_one() -> None:
     ):
         plan(puzzle, aware)
     assert plan(puzzle, aware, is_fused_elsewhere=True)
+
+
+@pytest.mark.usefixtures("stages")
+def test_private_state_that_a_kill_left_behind_the_commit_is_removed_also_by_a_single_step(tmp_path: Path) -> None:
+    artifacts, _ = execute(tmp_path, ["seed=1"])
+    run_directory = RunDirectory(root=tmp_path, name="run")
+    store = Store(run_directory.store)
+    left = store.resume_path(artifacts["second"].manifest.recipe)
+    left.mkdir(parents=True)
+    (left / "point.txt").write_text("step 3")
+    context = StageContext(out=tmp_path, resume=tmp_path, pool=store.pool, run_name="run", step_name="run")
+    listener = Listener(started=lambda *_: None, waiting=lambda _: None, finished=lambda *_: None)
+    steps = plan(two_steps(), ["seed=1"])
+    assert run_step(steps, "second", store=store, run=run_directory, context=context, listener=listener) == artifacts
+    assert not left.exists()
+    assert CALLS == ["first", "second"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import chunked_head, memory, resume
-from distill.config import EngineConfig, ObjectiveConfig, OptimConfig
+from distill import chunked_head, memory
+from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, ResumePointsConfig
 from distill.data.batch import Batch
 from distill.engine.setup import TrainingSetup
 from distill.engine.torch_engine import TorchEngine
@@ -49,7 +49,7 @@ def test_constants_are_those_of_the_engines() -> None:
     assert chunked_head.CHUNK_BYTES["cuda"] == plan_heads.CHUNK_BYTES
     assert memory.PIECE_BYTES == plan_memory.PIECE_BYTES
     assert bld.TRAINING_BYTES_PER_PARAM == plan_demands.TRAINEE_BYTES
-    assert resume.NUM_KEPT + 1 == plan_demands.POINTS_ON_DISK
+    assert ResumePointsConfig().newest + 1 == plan_demands.POINTS_ON_DISK
 
 
 def saved_bytes(model: nn.Module, mode: str) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,26 @@ def test_evidence(report: dict[str, Any]) -> None:
     assert evidence["decode_latency_vs_parent"] == pytest.approx(ratios)
     assert evidence["parent_validation_lm_loss"] == 3.5
     assert evidence["unigram_entropy_nats"] == 5.9
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(
+    full_steps: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = written_report(tmp_path, full_steps)
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **named: Any) -> int:
+        if "index.html" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, text, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ValueError, match=r"^the disk under .* is full .* while the report wrote; free") as caught:
+            write_report(tmp_path, "another", full_steps)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "report.json"]
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == before
 
 
 def test_models_stand_in_pipeline_order_each_with_its_part(report: dict[str, Any]) -> None:

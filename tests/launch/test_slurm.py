@@ -471,10 +471,10 @@ def test_a_step_tells_its_job_how_it_ended(
     assert main([*command, "--step", "parent"]) == 0
     assert status.read_text() == "0\n"
     status.unlink()
-    monkeypatch.setattr("launch.__main__.run_step", _lose_the_disk)
+    monkeypatch.setattr("launch.commands.run_step", _lose_the_disk)
     assert main([*command, "--step", "data"]) == 2
     assert not status.exists(), "another attempt may find the disk again"
-    monkeypatch.setattr("launch.__main__.run_step", _stop)
+    monkeypatch.setattr("launch.commands.run_step", _stop)
     assert main([*command, "--step", "data"]) == 75
     assert status.read_text() == "75\n"
     assert "stopped at 8 tokens; the same command goes on from there" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 
 from launch import artifact as artifact_module
 from launch.artifact import Artifact, DamagedArtifactError, Recipe
+from launch.rundir import RunDirectory
 from launch.stage import StageContext, StageResult
 from launch.store import Job, Store, is_disk_full
 
@@ -125,6 +126,29 @@ def test_full_disk_is_one_line_and_earlier_artifacts_stay(tmp_path: Path, error:
     assert (store.resume_path(job(full, value=2).recipe) / "point.txt").is_file()
 
 
+@pytest.mark.parametrize("function", ["sha256_of", "replace", "flush_to_disk"])
+def test_a_disk_that_is_full_at_the_commit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """While files are hashed, before the manifest is written, and between the manifest and the rename."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(tmp_path)
+    earlier, _ = store.get_or_compute(job(write), on_wait=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact_module, function, full)
+        with pytest.raises(ValueError, match=r"the disk under .* is full .* while distill wrote; free some") as caught:
+            store.get_or_compute(job(write, value=2), on_wait=silent)
+    assert "\n" not in str(caught.value)
+    earlier.verify()
+    assert not list((tmp_path / ".unfinished").iterdir())
+    later, cached = store.get_or_compute(job(write, value=2), on_wait=silent)
+    assert not cached
+    later.verify()
+
+
 def test_other_errors_are_not_called_a_full_disk() -> None:
     assert not is_disk_full(OSError(errno.EACCES, "x"))
     assert not is_disk_full(ValueError("x"))
@@ -214,6 +238,69 @@ def test_a_kill_between_the_payload_and_the_commit_leaves_no_artifact(tmp_path: 
     _, cached = store.get_or_compute(job(write), on_wait=silent)
     assert not cached
     assert not store.unfinished_path(recipe).exists()
+
+
+def _kill_at_call(owner: object, function: str, number: int) -> None:
+    """End this process when ``owner.function`` is called for the ``number``-th time, from 0, before it does a thing."""
+    original, left = getattr(owner, function), [number]
+
+    def call(*arguments: object, **named: object) -> object:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return original(*arguments, **named)
+
+    setattr(owner, function, call)
+
+
+def _write_with_a_point(context: StageContext) -> StageResult:
+    (context.resume / "point.txt").write_text("step 3")
+    return write(context)
+
+
+def _compute_and_link_until_killed(root: str, owner: object, function: str, number: int) -> None:
+    store, run = Store(Path(root) / "store"), RunDirectory(root=Path(root), name="run")
+    run.path.mkdir()
+    _kill_at_call(owner, function, number)
+    artifact, _ = store.get_or_compute(job(_write_with_a_point), on_wait=silent)
+    run.link("distilled", artifact)
+    run.write_steps({"distilled": artifact.manifest.fingerprint})
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "number", "is_committed"),
+    [
+        pytest.param(Path, "rename", 0, False, id="manifest written, not in place"),
+        pytest.param(Path, "rename", 1, False, id="manifest in place, artifact not"),
+        pytest.param(artifact_module, "flush_to_disk", 1, True, id="artifact in place, its name not flushed"),
+        pytest.param(shutil, "rmtree", 0, True, id="private state still there"),
+        pytest.param(Path, "symlink_to", 0, True, id="no link"),
+        pytest.param(Path, "rename", 2, True, id="link not in place"),
+        pytest.param(Path, "rename", 3, True, id="steps not in place"),
+    ],
+)
+def test_a_kill_around_the_commit_leaves_a_whole_artifact_or_none(
+    tmp_path: Path, owner: object, function: str, number: int, is_committed: bool
+) -> None:
+    target = _compute_and_link_until_killed
+    process = multiprocessing.get_context("fork").Process(target=target, args=(str(tmp_path), owner, function, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    store, run, recipe = Store(tmp_path / "store"), RunDirectory(root=tmp_path, name="run"), job(write).recipe
+    found = store.find(recipe)
+    assert (found is not None) == is_committed
+
+    body = refuse if is_committed else _write_with_a_point
+    artifact, cached = store.get_or_compute(job(body), on_wait=silent)
+    assert cached == is_committed
+    artifact.verify()
+    run.link("distilled", artifact)
+    run.write_steps({"distilled": artifact.manifest.fingerprint})
+    assert run.read_steps() == {"distilled": run.linked("distilled")}
+    assert not store.resume_path(recipe).exists()
+    assert not store.unfinished_path(recipe).exists()
+    assert not [path for path in run.path.iterdir() if path.name.endswith(".tmp")]
 
 
 def test_place_without_a_manifest_is_computed_again(tmp_path: Path) -> None:
