@@ -10,8 +10,8 @@ from launch import quantities
 from launch.canvas import model_role
 
 
-def environment() -> jinja2.Environment:
-    """For the templates of this package; a name that a template is not given is an error."""
+def page_template(name: str) -> jinja2.Template:
+    """A template of this package; a name that it is not given when it is rendered is an error."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,4 +31,4 @@ def environment() -> jinja2.Environment:
         significant=quantities.significant,
         model_role=model_role,
     )
-    return made
+    return made.get_template(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.canvas import ROLES, stand_alone
 from launch.figures import Picture, picture
 from launch.finished_run import read_architecture
-from launch.page_frame import environment
+from launch.page_frame import page_template
 from launch.recovery import TRAINING_STAGES, RecoveryCurve, read_curves
 from launch.runs_compared import PARENT_VALUES, ComparedRun, Comparison, Group
 from launch.runs_figures import Panel, RunPoint, pareto, recovery_of_runs, run_role
@@ -38,20 +38,16 @@ def render_runs(comparison: Comparison, page: Path) -> str:
         for group in comparison.groups
     ]
     by_parent = _by_parent(comparison)
-    return (
-        environment()
-        .get_template(TEMPLATE)
-        .render(
-            comparison=comparison,
-            groups=groups,
-            settings={key: row for key, row in comparison.settings.items() if key not in comparison.columns},
-            total_cost=total_cost(comparison),
-            recovery=[item for runs in by_parent for item in _recovery(runs, is_only=len(by_parent) == 1)],
-            strips=[(run, _strip(run)) for run in comparison.runs],
-            links={run.number: _link(run, page) for run in comparison.runs},
-            role_of=run_role,
-            roles=ROLES,
-        )
+    return page_template(TEMPLATE).render(
+        comparison=comparison,
+        groups=groups,
+        settings={key: row for key, row in comparison.settings.items() if key not in comparison.columns},
+        total_cost=total_cost(comparison),
+        recovery=[item for runs in by_parent for item in _recovery(runs, is_only=len(by_parent) == 1)],
+        strips=[(run, _strip(run)) for run in comparison.runs],
+        links={run.number: _link(run, page) for run in comparison.runs},
+        role_of=run_role,
+        roles=ROLES,
     )
 
 
