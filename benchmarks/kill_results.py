@@ -90,7 +90,7 @@ def _median(values: Iterable[float | None], digits: int = 1) -> str:
 
 def table(steps: Sequence[str], findings: Findings) -> str:
     rows = [
-        "| step | s | kills | in a resume point | aimed at the commit | survived | s to the first step again | steps lost |",
+        "| step | s | kills | at a resume point | at the commit | survived | s to the first step again | steps lost |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in [*steps, "all"]:
