@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import OptimConfig
-from distill.schedule import learning_rate as learning_rate
 
 
 def build_optimizer(

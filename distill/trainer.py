@@ -17,8 +17,8 @@ from distill.config import OptimConfig, TrainConfig
 from distill.data.batch import Batch
 from distill.engine.base import Engine
 from distill.metrics import Row, StepMeter
-from distill.optim import learning_rate
 from distill.point_writer import PointWriter
+from distill.schedule import learning_rate
 from distill.tracking import Tracker
 
 FLUSH_EVERY_STEPS = 10

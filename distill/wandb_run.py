@@ -109,7 +109,7 @@ def check(config: TrackingConfig) -> None:
         try:
             has_login = wandb.login(prompt=False, verify=False)
         except wandb.Error as error:
-            raise ValueError(f"tracking.wandb=online: {_first_line(error)}; {way_out}") from error
+            raise ValueError(f"tracking.wandb=online: {first_line(error)}; {way_out}") from error
         if not has_login:
             raise ValueError(f"tracking.wandb=online needs a W&B login, and this machine has none; {way_out}")
 
@@ -124,7 +124,7 @@ def default_entity() -> str:
     try:
         entity = os.environ.get("WANDB_ENTITY") or _wandb().Api().default_entity
     except Exception as error:
-        raise ValueError(f"W&B does not say whose project it is ({_first_line(error)}); give entity=") from error
+        raise ValueError(f"W&B does not say whose project it is ({first_line(error)}); give entity=") from error
     if not entity:
         raise ValueError("the W&B login has no default entity; give entity=<team or user>")
     return entity
@@ -205,12 +205,12 @@ def _init(wandb: Any, wanted: Mode, arguments: Mapping[str, Any]) -> Any:
         is_network = any(word in str(error).lower() for word in UNREACHABLE)
         if wanted == "offline" or not (is_network or _process.has_started):
             raise ValueError(
-                f"W&B does not start ({_first_line(error)}); run `wandb login`, look at tracking.entity and "
+                f"W&B does not start ({first_line(error)}); run `wandb login`, look at tracking.entity and "
                 "tracking.project, or set tracking.wandb=offline"
             ) from error
         _process.is_unreachable = True
         warnings.warn(
-            f"W&B does not answer ({_first_line(error)}); the further runs of this process are kept offline, for "
+            f"W&B does not answer ({first_line(error)}); the further runs of this process are kept offline, for "
             "`wandb sync` to send",
             RuntimeWarning,
             stacklevel=5,
@@ -337,7 +337,7 @@ def _num_logged(directory: Path, run_id: str) -> int:
 def _lose(error: Exception) -> None:
     _process.is_lost = True
     warnings.warn(
-        f"W&B is lost ({_first_line(error)}): this process sends it nothing more, and the work goes on",
+        f"W&B is lost ({first_line(error)}): this process sends it nothing more, and the work goes on",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -354,5 +354,6 @@ def _wandb() -> Any:
     return wandb
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line; the kind of error where it has no words."""
     return (str(error).splitlines() or [type(error).__name__])[0]

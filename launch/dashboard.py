@@ -101,8 +101,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         # Of the library, of GraphQL and of the network, without a common class.
         raise ValueError(
-            f"W&B does not save the dashboard in {entity}/{request.project} ({_first_line(error)}); look at entity= "
-            "and project=, or print it with --json"
+            f"W&B does not save the dashboard in {entity}/{request.project} ({wandb_run.first_line(error)}); look at "
+            "entity= and project=, or print it with --json"
         ) from error
     print(workspace.url)
     return 0
@@ -180,7 +180,3 @@ def _library() -> tuple[Any, Any]:
             "`pip install -e '.[wandb]'`"
         ) from error
     return workspaces, interface
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from launch import figures, quantities
-from launch.canvas import ROLES, model_role
+from launch import figures
+from launch.canvas import ROLES
 from launch.cost_section import compare_costs, latency_pictures, parent_by_batch_size, run_costs
 from launch.figures import Picture, picture
 from launch.finished_run import FinishedRun, read_architecture, read_json
+from launch.page_frame import page_template
 from launch.recovery_section import forecast_pictures, recovery_pictures
 from launch.search_section import other_metrics, pareto_pictures, score_pictures
 from launch.strip import architecture_strip
@@ -26,28 +24,9 @@ TEMPLATE = "report.html.j2"
 
 def render_page(report: Mapping[str, Any], run: FinishedRun) -> str:
     """The page of ``report``, with the pictures that the artifacts of ``run`` give."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
-        scaled=quantities.scaled,
-        num_bytes=quantities.num_bytes,
-        decimals=quantities.decimals,
-        ratio=quantities.ratio,
-        percent=quantities.percent,
-        duration=quantities.duration,
-        serving=quantities.serving,
-        signed_percent=quantities.signed_percent,
-        significant=quantities.significant,
-        model_role=model_role,
-    )
     parent, final = read_architecture(run.parent), read_architecture(run.final)
     costs = run_costs(run)
-    return environment.get_template(TEMPLATE).render(
+    return page_template(TEMPLATE).render(
         report=report,
         parent=next(iter(report["models"].values())),
         final=report["models"][report["final_model"]],

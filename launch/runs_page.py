@@ -10,7 +10,7 @@ from launch.canvas import ROLES, stand_alone
 from launch.figures import Picture, picture
 from launch.finished_run import read_architecture
 from launch.page_frame import page_template
-from launch.recovery import TRAINING_STAGES, RecoveryCurve, read_curves
+from launch.recovery_section import HELD_OUT, held_out_curves
 from launch.runs_compared import PARENT_VALUES, ComparedRun, Comparison, Group
 from launch.runs_figures import Panel, RunPoint, pareto, recovery_of_runs, run_role
 from launch.runs_table import total_cost
@@ -22,13 +22,6 @@ LABELS = {
     "lm_loss_gap_closed_frac": "recovery: share of the LM-loss gap closed",
 }
 """Metric -> label of its panel."""
-METRICS = {
-    "eval/kld": ("KL to the teacher", "KLD, nats per token"),
-    "eval/kld_top_k": ("KL to the teacher's likeliest tokens", "KLD of the top k, nats per token"),
-    "eval/lm_loss": ("LM loss", "LM loss, nats per token"),
-    "eval/top1_agreement_frac": ("Agreement with the teacher", "top-1 agreement"),
-}
-"""Held-out metric -> title of its picture and label of its axis."""
 
 
 def render_runs(comparison: Comparison, page: Path) -> str:
@@ -102,26 +95,17 @@ def _by_parent(comparison: Comparison) -> list[list[ComparedRun]]:
 
 
 def _recovery(runs: list[ComparedRun], *, is_only: bool) -> Iterator[Picture]:
-    curves = {run.number: _curves(run) for run in runs}
+    curves = {run.number: held_out_curves(run.run) for run in runs}
     labels = {run.number: run.label for run in runs}
-    for metric, (title, label) in METRICS.items():
-        own = {
-            number: [curve for curve in found if curve.metric == metric]
-            for number, found in curves.items()
-            if any(curve.metric == metric for curve in found)
-        }
+    for metric, words in HELD_OUT.items():
+        own = {number: found[metric] for number, found in curves.items() if metric in found}
         if own:
-            name = f"{title} of runs from {runs[0].number}"
+            name = f"{words.title} of runs from {runs[0].number}"
             yield picture(
-                title if is_only else f"{title}: runs {', '.join(map(str, own))}",
+                words.title if is_only else f"{words.title}: runs {', '.join(map(str, own))}",
                 "On held-out sequences, against the tokens of distillation and context extension.",
-                recovery_of_runs(own, labels, label, name),
+                recovery_of_runs(own, labels, words.label, name),
             )
-
-
-def _curves(run: ComparedRun) -> list[RecoveryCurve]:
-    trained = {name: a for name, a in run.run.steps.items() if a.manifest.stage in TRAINING_STAGES}
-    return [curve for step, a in trained.items() for curve in read_curves(a.path / "metrics.jsonl", step, METRICS)]
 
 
 def _strip(run: ComparedRun) -> ArchitectureStrip:

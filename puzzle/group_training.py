@@ -21,7 +21,7 @@ from distill import distributed, resume
 from distill.config import EngineConfig, OptimConfig, TrainConfig
 from distill.engine.base import TensorGroups, micro_batch_size
 from distill.metrics import Row, StepMeter
-from distill.optim import learning_rate
+from distill.schedule import learning_rate
 from distill.tracking import Tracker
 from distill.trainer import FLUSH_EVERY_STEPS, BatchSource
 from puzzle.slices import ParentSlice, parent_activations

@@ -70,7 +70,7 @@ def loadable_variants(
 
 
 def _obstacles(parent: Architecture, index: int, block: BlockConfig, targets: Sequence[Target]) -> Iterator[str]:
-    if block.attention.is_no_op and block.ffn.is_no_op:
+    if block.is_dummy:
         return
     child = parent.with_block(index, block)
     for target in targets:

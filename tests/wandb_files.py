@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BLOCK_BYTES = 32_768
-WHOLE, LAST = 1, 4
-"""Kinds of parts that end a record."""
+from distill.wandb_log import read_records
 
 
 @dataclass
@@ -60,7 +56,7 @@ def read_run(directory: Path) -> OfflineRun:
 
     run = OfflineRun(directory)
     (file,) = directory.glob("run-*.wandb")
-    for data in _records(file.read_bytes()):
+    for data in read_records(file):
         record = Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -84,19 +80,3 @@ def read_run(directory: Path) -> OfflineRun:
 
 def _values(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log format behind a header of 7 bytes."""
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (WHOLE, LAST):
-            yield record
-            record = b""

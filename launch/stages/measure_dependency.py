@@ -36,7 +36,7 @@ def run(config: MeasureDependencyStage, inputs: Inputs, context: StageContext) -
         f"dependency.seq_len={settings.seq_len} is beyond the {architecture.max_positions} positions of the model; "
         "lower it",
     )
-    num_active = sum(not (block.attention.is_no_op and block.ffn.is_no_op) for block in architecture.blocks)
+    num_active = sum(not block.is_dummy for block in architecture.blocks)
     require(
         num_active >= 2,
         f"the model has {architecture.num_blocks} blocks, {num_active} of them with attention or FFN; a dependency is "

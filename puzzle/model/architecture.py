@@ -113,6 +113,11 @@ class BlockConfig:
         return self.is_attention_free and len(self.member_indices) > 1
 
     @property
+    def is_dummy(self) -> bool:
+        """True where neither attention nor FFN is left: the block passes on what it gets."""
+        return self.attention.is_no_op and self.ffn.is_no_op
+
+    @property
     def is_attention_free(self) -> bool:
         """True where only a SwiGLU FFN is left: the material of FFN Fusion."""
         return self.attention.is_no_op and self.ffn.kind == "swiglu"

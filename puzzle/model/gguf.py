@@ -13,7 +13,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -22,9 +21,9 @@ from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter
 from puzzle.model.convert import check_tensors, pad_ffn
 from puzzle.model.gguf_header import ROPE_FACTORS, GGUFHeader
+from puzzle.model.gguf_rotary import ROTATED, rotary_halves
 from puzzle.model.parent_layout import ParentLayout
 
-_ROTATED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 _ELSEWHERE = "import the Hugging Face checkpoint instead"
 
 
@@ -55,16 +54,11 @@ def import_gguf(source: Path, out: Path, *, dtype: torch.dtype) -> Architecture:
         for name, stored_name in tqdm(names.items(), desc="import", unit="tensor", leave=False):
             tensor = stored[stored_name]
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-            if header.turns_neighbours and name.endswith(_ROTATED):
-                weight = undo_rotary_order(weight, head_dim=architecture.head_dim)
+            if header.turns_neighbours and name.endswith(ROTATED):
+                weight = rotary_halves(weight, head_dim=architecture.head_dim)
             writer.add(name, pad_ffn(name, weight, architecture))
     tokenizer.save_pretrained(out)
     return architecture
-
-
-def undo_rotary_order(rows: Tensor, *, head_dim: int) -> Tensor:
-    """``rows [heads * head_dim, ...]`` from interleaved rotary pairs (llama.cpp) to halves (ours)."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _stored_names(layout: ParentLayout, kind: gguf.MODEL_ARCH) -> dict[str, str]:

@@ -17,6 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from distill.config import require
 from puzzle.model.architecture import Architecture
 from puzzle.model.configuration_decilm import DeciLMConfig
+from puzzle.model.gguf_header import ROPE_FACTORS
+from puzzle.model.gguf_rotary import ROTATED, rotary_neighbours
 from puzzle.model.gguf_vocabulary import Vocabulary
 from puzzle.model.hf_config import hf_config
 from puzzle.model.tensor_layout import tensor_shapes
@@ -28,8 +30,6 @@ _TYPES = {
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
-_ROTATED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 def require_storable(architecture: Architecture, dtype: torch.dtype) -> None:
@@ -59,7 +59,7 @@ def write_gguf(
     vocabulary.add_to(writer, tokenizer_from)
     factors = _rope_factors(architecture)
     if factors is not None:
-        _announce(writer, _ROPE_FACTORS, tuple(factors.shape), dtype)
+        _announce(writer, ROPE_FACTORS, tuple(factors.shape), dtype)
     shapes = tensor_shapes(architecture)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, architecture.num_blocks)
     for name, shape in shapes.items():
@@ -74,8 +74,8 @@ def write_gguf(
             _write(writer, factors, dtype)
         for expected, (name, tensor) in zip(shapes, tensors, strict=True):
             assert name == expected, f"{name} comes in place of {expected}"
-            rotated = name.endswith(_ROTATED)
-            _write(writer, _neighbours(tensor, architecture.head_dim) if rotated else tensor, dtype)
+            rotated = name.endswith(ROTATED)
+            _write(writer, rotary_neighbours(tensor, head_dim=architecture.head_dim) if rotated else tensor, dtype)
     finally:
         writer.close()
 
@@ -135,8 +135,3 @@ def _array_type(stored: torch.dtype) -> type:
 def _write(writer: gguf.GGUFWriter, tensor: Tensor, dtype: torch.dtype) -> None:
     stored = tensor.to(_storage(tuple(tensor.shape), dtype)).contiguous()
     writer.write_tensor_data((stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy())
-
-
-def _neighbours(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of ``rows [heads * head_dim, ...]`` from rotary halves (ours) to neighbouring pairs (llama.cpp)."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -87,7 +87,7 @@ def _shards(architecture: Architecture, ranks: int) -> str | None:
 
 def num_real_blocks(architecture: Architecture) -> int:
     """Blocks that compute something: a block without attention and FFN is none."""
-    return sum(not (block.attention.is_no_op and block.ffn.is_no_op) for block in architecture.blocks)
+    return sum(not block.is_dummy for block in architecture.blocks)
 
 
 def _stages(architecture: Architecture, ranks: int) -> str | None:

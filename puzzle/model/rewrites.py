@@ -42,7 +42,7 @@ def rewritten(target: Target, architecture: Architecture) -> tuple[Architecture,
 
 def kept_blocks(architecture: Architecture) -> tuple[int, ...]:
     """Blocks that are no dummies; all where there is nothing else. Block i of every form is the i-th of them."""
-    real = tuple(index for index, block in enumerate(architecture.blocks) if not _is_dummy(block))
+    real = tuple(index for index, block in enumerate(architecture.blocks) if not block.is_dummy)
     return real or tuple(range(architecture.num_blocks))
 
 
@@ -50,10 +50,6 @@ def kv_head_counts(architecture: Architecture) -> list[int]:
     """Distinct KV head counts of its attentions, in rising order."""
     counts = {block.attention.num_kv_heads for block in architecture.blocks}
     return sorted(count for count in counts if count is not None)
-
-
-def _is_dummy(block: BlockConfig) -> bool:
-    return block.attention.is_no_op and block.ffn.is_no_op
 
 
 def _without_dummies(architecture: Architecture) -> Architecture:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from distill.config import OptimConfig
-from distill.optim import build_optimizer, init_optimizer_state, learning_rate, optimizer_tensors
+from distill.optim import build_optimizer, init_optimizer_state, optimizer_tensors
+from distill.schedule import learning_rate
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:

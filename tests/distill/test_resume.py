@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint
 
 from distill import resume
+from tests.killing import kill_at_call
 
 TENSORS = {
     "model": {"weight": torch.arange(6.0).reshape(2, 3)},
@@ -123,15 +124,7 @@ def test_the_marker_covers_every_file(tmp_path: Path) -> None:
 
 
 def _save_until_killed(directory: str, owner: object, function: str, number: int) -> None:
-    original, left = getattr(owner, function), [number]
-
-    def call(*arguments: object, **named: object) -> object:
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return original(*arguments, **named)
-
-    setattr(owner, function, call)
+    kill_at_call(owner, function, number)
     _save(Path(directory), 3)
 
 

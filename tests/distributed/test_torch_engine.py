@@ -92,10 +92,10 @@ class Models:
         config = EngineConfig(device=device, **engine)  # type: ignore[arg-type]
         return create_engine(setup, optim=OPTIM, engine=config, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
 
-    def train(self, engine: Engine, resume_dir: Path, *, interrupt_at: int = -1) -> TrainResult:
+    def train(self, engine: Engine, resume_dir: Path, batches: RandomBatches | None = None) -> TrainResult:
         return train(
             engine,
-            batches=RandomBatches(interrupt_at=interrupt_at),
+            batches=RandomBatches() if batches is None else batches,
             train=TRAIN,
             optim=OPTIM,
             seed=3,
@@ -185,7 +185,7 @@ def test_two_gpus_train_as_one(models: Models, tmp_path: Path, run_in_processes:
 def _train_until(models: Models, resume_dir: Path, interrupt_at: int, layout: dict[str, Any], out: Path) -> None:
     runner = models.engine(**layout)
     try:
-        models.train(runner, resume_dir, interrupt_at=interrupt_at)
+        models.train(runner, resume_dir, RandomBatches(interrupt_at=interrupt_at))
     except KeyboardInterrupt:
         return
     runner.export(out)
@@ -267,17 +267,7 @@ def _train_with_late_points(models: Models, resume_dir: Path, layout: dict[str, 
 
     resume._start = start_late
     with distributed.together(), contextlib.suppress(KeyboardInterrupt):
-        train(
-            models.engine(**layout),
-            batches=Batches(),
-            train=TRAIN,
-            optim=OPTIM,
-            seed=3,
-            resume_dir=resume_dir,
-            tracker=None,
-            held_out=HELD_OUT,
-            desc="pico",
-        )
+        models.train(models.engine(**layout), resume_dir, Batches())
 
 
 @pytest.mark.parametrize("layout", [{}, {"shard": True}, {"offload_optimizer": True}], ids=["ddp", "fsdp", "offload"])

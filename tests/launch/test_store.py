@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from launch.artifact import Artifact, DamagedArtifactError, Recipe
 from launch.rundir import RunDirectory
 from launch.stage import StageContext, StageResult
 from launch.store import Job, Store, is_disk_full
+from tests.killing import kill_at_call
 
 
 def job(body, *, value: int = 1, inputs: dict[str, Artifact] | None = None, stage: str = "distill") -> Job:
@@ -217,10 +217,7 @@ def test_an_interrupted_stage_leaves_nothing_but_its_resume_state(tmp_path: Path
 
 
 def _compute_until_killed(root: str, function: str) -> None:
-    def kill(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(artifact_module, function, kill)
+    kill_at_call(artifact_module, function, 0)
     Store(Path(root)).get_or_compute(job(write), on_wait=silent)
 
 
@@ -240,19 +237,6 @@ def test_a_kill_between_the_payload_and_the_commit_leaves_no_artifact(tmp_path: 
     assert not store.unfinished_path(recipe).exists()
 
 
-def _kill_at_call(owner: object, function: str, number: int) -> None:
-    """End this process when ``owner.function`` is called for the ``number``-th time, from 0, before it does a thing."""
-    original, left = getattr(owner, function), [number]
-
-    def call(*arguments: object, **named: object) -> object:
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return original(*arguments, **named)
-
-    setattr(owner, function, call)
-
-
 def _write_with_a_point(context: StageContext) -> StageResult:
     (context.resume / "point.txt").write_text("step 3")
     return write(context)
@@ -261,7 +245,7 @@ def _write_with_a_point(context: StageContext) -> StageResult:
 def _compute_and_link_until_killed(root: str, owner: object, function: str, number: int) -> None:
     store, run = Store(Path(root) / "store"), RunDirectory(root=Path(root), name="run")
     run.path.mkdir()
-    _kill_at_call(owner, function, number)
+    kill_at_call(owner, function, number)
     artifact, _ = store.get_or_compute(job(_write_with_a_point), on_wait=silent)
     run.link("distilled", artifact)
     run.write_steps({"distilled": artifact.manifest.fingerprint})
