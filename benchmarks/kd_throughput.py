@@ -24,13 +24,10 @@ from training_trials import TIME, Outcome, Trial, run_trial, shape_text, write_r
 
 from distill.config import EngineConfig, RopeConfig
 from distill.engine.layout import num_model_ranks
+from distill.utilization import peak_flops_per_s, training_flops
 from puzzle.model.architecture import Architecture, dense_blocks
 from puzzle.model.checkpoint import read_architecture
-from puzzle.model.stats import flops_per_token
-
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
-"""Dense bf16 FLOP/s of one GPU by its whole name (NVIDIA's data sheets, SXM). Cards of other names, the PCIe and NVL
-ones among them, have other peaks: their MFU is left out."""
+from puzzle.model.stats import sequence_flops
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "torch": {"compile": True},
@@ -95,12 +92,7 @@ def _llama(
 
 def flops_per_step(student: Architecture, teacher: Architecture, *, seq_len: int, sequences: int) -> float:
     """Model FLOPs of one step: teacher forward, student forward and backward, both through their heads."""
-    # They grow linearly with a token's position, so that the mean over a sequence is that of its first and last token.
-    teacher_mean, student_mean = (
-        (flops_per_token(architecture, 1) + flops_per_token(architecture, seq_len)) / 2
-        for architecture in (teacher, student)
-    )
-    return (teacher_mean + 3 * student_mean) * seq_len * sequences
+    return training_flops(sequence_flops(student, seq_len), sequence_flops(teacher, seq_len)) * sequences
 
 
 def engine_fields(options: argparse.Namespace, setting: str) -> dict[str, Any]:
@@ -132,13 +124,14 @@ def measure(options: argparse.Namespace, setting: str, gpus: int, *, timeout_s: 
     outcome = run_trial(trial, num_processes=gpus, timeout_s=timeout_s)
     flops = flops_per_step(*map(read_architecture, options.models), seq_len=options.seq_len, sequences=sequences)
     tokens = sequences * options.seq_len
-    return make_row(setting, gpus, outcome, flops=flops, tokens=tokens, precision=options.precision)
+    engine = EngineConfig(**trial.engine)
+    return make_row(setting, gpus, outcome, flops=flops, tokens=tokens, engine=engine)
 
 
-def make_row(setting: str, gpus: int, outcome: Outcome, *, flops: float, tokens: int, precision: str) -> Row:
+def make_row(setting: str, gpus: int, outcome: Outcome, *, flops: float, tokens: int, engine: EngineConfig) -> Row:
     """What an outcome says of speed."""
     step_s = median(outcome.step_s) if outcome.failure is None else None
-    peak = PEAK_FLOPS.get(outcome.device) if precision == "bf16" else None
+    peak = peak_flops_per_s(outcome.device, engine)
     return Row(
         setting=setting,
         gpus=gpus,

@@ -36,7 +36,12 @@ class Kill(Outcome):
 
     step: str
     kind: Kind
+    dealt_fraction: float
+    """Of the moment that this kill was dealt (``killed_launch.Moment``)."""
     fraction: float
+    """Of the moment at which it struck: the one that was dealt, halved for every try before."""
+    tries: int
+    """Starts of the step, the one that was killed included; the others had ended before their moment."""
     killed_after_s: float
     """Since the start of the process."""
     left: list[str]
@@ -88,10 +93,16 @@ def _median(values: Iterable[float | None], digits: int = 1) -> str:
     return f"{statistics.median(known):.{digits}f} ({max(known):.{digits}f})" if known else ""
 
 
+def _range(values: Iterable[float]) -> str:
+    known = sorted(values)
+    return f"{known[0]:.2f} to {known[-1]:.2f}" if known else ""
+
+
 def table(steps: Sequence[str], findings: Findings) -> str:
     rows = [
-        "| step | s | kills | at a resume point | at the commit | survived | s to the first step again | steps lost |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | s | kills | tries | moments | at a resume point | at the commit | survived "
+        "| s to the first step again | steps lost |",
+        f"|{'---|' * 10}",
     ]
     for name in [*steps, "all"]:
         own = [kill for kill in findings.kills if name in (kill.step, "all")]
@@ -100,6 +111,8 @@ def table(steps: Sequence[str], findings: Findings) -> str:
             name,
             f"{seconds:.1f}",
             len(own),
+            sum(kill.tries for kill in own),
+            _range(kill.fraction for kill in own),
             sum(kill.kind == "resume point" for kill in own),
             sum(kill.kind == "commit" for kill in own),
             sum(kill.is_survived for kill in own),
@@ -114,4 +127,6 @@ def table(steps: Sequence[str], findings: Findings) -> str:
     unequal = sum(len(run.unequal) for run in (*findings.kills, *findings.chains))
     rows += ["", f"Damaged artifacts: {damaged}. Files other than those of the uninterrupted run: {unequal}."]
     rows.append("Survived: finished, nothing damaged or left over, all files equal. Medians, in brackets the largest.")
+    rows.append("Tries: starts until all kills struck; a step that ended first was started again, to half the moment.")
+    rows.append("Moments: those that struck, as fractions of the step, of its bar or of the first 20 ms of a commit.")
     return "\n".join(rows)

@@ -110,10 +110,10 @@ class Bench:
         step = next(step for step in self.steps if step.name == case.step)
         places, command = self._places(root, step), [*self._arguments(root), "--step", case.step]
         log = root.with_suffix(".log")
-        for number in range(MAX_TRIES):
+        for tries in range(1, MAX_TRIES + 1):
             self._copy_inputs(root, step)
             launch = Launch(command, log)
-            moment = Moment(kind=case.moment.kind, fraction=case.moment.fraction / 2**number)
+            moment = Moment(kind=case.moment.kind, fraction=case.moment.fraction / 2 ** (tries - 1))
             if kill_at(launch, moment, places, step_s=step_s):
                 break
         else:
@@ -132,7 +132,9 @@ class Bench:
             number=case.number,
             step=case.step,
             kind=case.moment.kind,
-            fraction=round(case.moment.fraction, 3),
+            dealt_fraction=round(case.moment.fraction, 3),
+            fraction=round(moment.fraction, 5),
+            tries=tries,
             killed_after_s=round(killed_after, 2),
             left=left,
             finished=finished,

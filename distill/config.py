@@ -139,11 +139,16 @@ class EngineConfig:
     """megatron: ranks that share the blocks, one stage each, of nearly equal cost."""
     teacher_device: str = field(default="same", metadata=PLACEMENT)
     """Where the teacher runs: same, cpu, or a device of its own such as cuda:1."""
+    peak_flops_per_s: float | None = field(default=None, metadata=PLACEMENT)
+    """Dense FLOP/s of one device at this precision, of which ``perf/mfu_frac`` is a fraction; null: what is known of
+    the device's name, in bf16."""
 
     def __post_init__(self) -> None:
         counts = ("slices", "sequence_parallel", "tensor_parallel", "pipeline_parallel")
         for name in counts:
             require(getattr(self, name) >= 1, f"engine.{name} must be >= 1, got {getattr(self, name)}")
+        peak = self.peak_flops_per_s
+        require(peak is None or peak > 0, f"engine.peak_flops_per_s must be > 0, got {peak}; null: not stated")
         require(self.ffn_tile_tokens >= 0, f"engine.ffn_tile_tokens must be >= 0, got {self.ffn_tile_tokens}")
         require(self.micro_batch_tokens >= 0, f"engine.micro_batch_tokens must be >= 0, got {self.micro_batch_tokens}")
 
@@ -342,9 +347,24 @@ class EvaluateConfig:
     """Context lengths in tokens of the retrieval and long-text columns; empty: no such columns."""
     num_needles: int = 32
     """Retrieval questions per length."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks or groups that every model does; needs the package lm-eval."""
+    task_dir: str | None = field(default=None, metadata=PLACEMENT)
+    """Directory of further lm-eval task files, with the files of their examples."""
+    task_limit: int | None = None
+    """Examples per task; null: all."""
+    num_fewshot: int | None = None
+    """Worked examples before each question; null: as the task's file says, or none. Tasks whose file says 0 stay at
+    0."""
 
     def __post_init__(self) -> None:
         require(all(length > 1 for length in self.lengths), f"evaluate.lengths must be > 1, got {list(self.lengths)}")
+        require(
+            len({*self.tasks}) == len(self.tasks), f"evaluate.tasks has one twice: {list(self.tasks)}; name it once"
+        )
+        limit, num_fewshot = self.task_limit, self.num_fewshot
+        require(limit is None or limit > 0, f"evaluate.task_limit must be > 0, got {limit}; null takes all examples")
+        require(num_fewshot is None or num_fewshot >= 0, f"evaluate.num_fewshot must be >= 0, got {num_fewshot}")
         for name in ("seq_len", "num_sequences", "batch_size", "num_needles"):
             require(getattr(self, name) > 0, f"evaluate.{name} must be > 0, got {getattr(self, name)}")
 

@@ -21,10 +21,12 @@ class StepMeter:
     Args:
         device: where the training runs.
         tokens_per_step: tokens of one optimizer step.
+        step_s_at_peak: seconds that one would take at the devices' peak rate; None: not known.
     """
 
-    def __init__(self, device: torch.device, *, tokens_per_step: int) -> None:
+    def __init__(self, device: torch.device, *, tokens_per_step: int, step_s_at_peak: float | None = None) -> None:
         self._device = device
+        self._step_s_at_peak = step_s_at_peak
         self._tokens_per_step = tokens_per_step
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._started = time.perf_counter()
@@ -37,7 +39,7 @@ class StepMeter:
         self._pending.append((tokens, lr, metrics))
 
     def flush(self) -> list[Row]:
-        """One row per step since the last flush; throughput and peak memory stand in the last of them."""
+        """One row per step since the last flush; speed and peak memory stand in the last of them."""
         names = list(self._pending[0][2])
         values = torch.stack([metrics[name].float() for _, _, metrics in self._pending for name in names])
         table = values.reshape(len(self._pending), len(names)).tolist()
@@ -51,6 +53,8 @@ class StepMeter:
         ]
         seconds = time.perf_counter() - self._started
         rows[-1]["perf/tokens_per_s"] = len(rows) * self._tokens_per_step / seconds
+        if self._step_s_at_peak is not None:
+            rows[-1]["perf/mfu_frac"] = len(rows) * self._step_s_at_peak / seconds
         rows[-1]["mem/peak_gib"] = peak_memory_gib(self._device)
         self._pending.clear()
         self.restart()

@@ -29,6 +29,14 @@ def retained_frac(*, teacher: float, student: float) -> float:
     return math.exp(min(teacher - student, 700.0))
 
 
+def retained_accuracy_frac(*, parent: float, model: float) -> float | None:
+    """Share of the parent's accuracy in a task that ``model`` has; more than 1 is better than the parent.
+
+    None where the parent has none, or less than none (a correlation), so that no share of it can be told.
+    """
+    return model / parent if parent > 0 else None
+
+
 class Recovery:
     """What rows of held-out losses say of recovery, beyond what was measured.
 

@@ -71,6 +71,7 @@ def train(
     tokens_before: int = 0,
     desc: str,
     should_stop: Callable[[], bool] = lambda: False,
+    step_s_at_peak: float | None = None,
 ) -> TrainResult:
     """Train until the token budget is spent, going on from the newest resume point if there is one.
 
@@ -91,6 +92,8 @@ def train(
         desc: label of the progress bar and of errors.
         should_stop: asked after every step, in all processes, with one answer. Where it says so, a resume point is
             written and the run ends early.
+        step_s_at_peak: seconds of an optimizer step at the devices' peak rate, of which the curve then has the share
+            that is reached (``perf/mfu_frac``); None: not known.
 
     Raises:
         ValueError: a metric is not finite, or a resume point could not be written or loaded.
@@ -108,6 +111,7 @@ def train(
             tokens_before=tokens_before,
             desc=desc,
             should_stop=should_stop,
+            step_s_at_peak=step_s_at_peak,
         )
         num_steps_done = first_step = run.start()
         with tqdm(
@@ -146,8 +150,9 @@ class _Run:
         tokens_before: int,
         desc: str,
         should_stop: Callable[[], bool],
+        step_s_at_peak: float | None,
     ) -> None:
-        self.meter = StepMeter(engine.device, tokens_per_step=train.tokens_per_step)
+        self.meter = StepMeter(engine.device, tokens_per_step=train.tokens_per_step, step_s_at_peak=step_s_at_peak)
         self.curve: list[Row] = []
         self._engine = engine
         self._batches = batches

@@ -25,7 +25,7 @@ from launch.config import (
 from launch.pipeline import PlannedStep, check_inputs, check_processes, make_job, make_recipe, plan, run_steps
 from launch.registry import STAGES
 from launch.rundir import RunDirectory
-from launch.single_step import finishing, run_step
+from launch.single_step import finishing, run_step, show_all_committed
 from launch.stage import StageContext
 from launch.store import Store
 from launch.wandb_steps import get_or_compute
@@ -85,7 +85,7 @@ def _run_on_slurm(
     *,
     dry_run: bool,
 ) -> None:
-    from launch.slurm import plan_jobs, submit
+    from launch.slurm import check_submission, plan_jobs, submit
     from launch.slurm_site import read_site
 
     if processes.count() > 1:
@@ -102,7 +102,13 @@ def _run_on_slurm(
     )
     if dry_run:
         console.print_scripts(jobs)
-    elif jobs:
+        return
+    if jobs:
+        check_submission(run)
+    run.path.mkdir(parents=True, exist_ok=True)
+    # Before the others are submitted: what W&B refuses here it would refuse their jobs.
+    show_all_committed(steps, store=store, run=run, context=_context(settings, run, store), say=console.say)
+    if jobs:
         console.print_jobs(jobs, submit(jobs, run), run)
     else:
         console.say(f"all steps of {run.name} are committed; nothing to submit")

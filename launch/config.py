@@ -287,6 +287,9 @@ def _build(config_class: type, tree: Mapping[str, Any]) -> Any:
     except dacite.UnexpectedDataError as error:
         raise ValueError(f"unknown key: {error}") from error
     except dacite.WrongTypeError as error:
+        if get_origin(error.field_type) is Literal:
+            known = ", ".join(map(str, get_args(error.field_type)))
+            raise ValueError(f"{error.field_path}={error.value} is unknown; choose one of {known}") from error
         choices = ", ".join(_choices(error.field_type))
         given = f"={list(error.value)}" if isinstance(error.value, tuple) else ""
         message = f"{error.field_path}{given} must be a list, in brackets, of {choices}" if choices else f"{error}"
@@ -363,4 +366,6 @@ def _suggestion(key: str, known: Any) -> str:
 
 
 def _top_level_key(override: str) -> str:
-    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0]
+    """The node of the tree that an override changes: of ``group@node=option`` the node, not the group."""
+    key = override.lstrip("+~").partition("=")[0]
+    return re.split(r"[./]", key.partition("@")[2] or key, maxsplit=1)[0]

@@ -37,6 +37,7 @@ TRAINING = {
 }
 SPEED = {
     "Throughput, tokens/s": ("perf/tokens_per_s",),
+    "Model FLOPs utilization": ("perf/mfu_frac",),
     "Peak memory, GiB": ("mem/peak_gib",),
 }
 SYSTEM = {

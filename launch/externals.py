@@ -25,10 +25,12 @@ from distill.data.sources import stdlib_files, text_files
 from launch import processes
 from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
+from puzzle.lm_eval_tasks import FEWSHOT_SEED, TaskChoice
 
 if TYPE_CHECKING:
     from launch.stage_configs import (
         BenchmarkStage,
+        EvaluateStage,
         ImportParentStage,
         MeasureCostsStage,
         PrepareDataStage,
@@ -64,20 +66,23 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
     return {"sources": [_text_source(source) for source in config.data.sources]}
 
 
-def task_sources(config: ScoreLibraryStage) -> dict[str, Any]:
-    """The lm-eval whose tasks are scored, and the content of a directory of tasks of a user's own.
+def task_sources(config: ScoreLibraryStage | EvaluateStage) -> dict[str, Any]:
+    """The lm-eval whose tasks are run, and the content of a directory of tasks of a user's own.
 
     Raises:
-        ValueError: lm-eval is not installed, or the directory is not there.
+        ValueError: lm-eval is not installed, the directory is not there, or a task is unknown.
     """
-    scores = config.scores
-    if not scores.tasks:
+    node, settings = ("scores", config.scores) if hasattr(config, "scores") else ("evaluate", config.evaluate)
+    if not settings.tasks:
         return {}
-    found: dict[str, Any] = {"lm_eval": _version("lm_eval", f"scores.tasks={list(scores.tasks)}")}
-    if scores.task_dir is not None:
-        path = Path(scores.task_dir).expanduser()
-        require(path.exists(), f"scores.task_dir={scores.task_dir} does not exist; give a directory of lm-eval tasks")
+    directory = settings.task_dir
+    choice = TaskChoice(node=node, tasks=settings.tasks, directory=directory, limit=settings.task_limit)
+    found: dict[str, Any] = {"lm_eval": choice.installed_version(), "fewshot_seed": FEWSHOT_SEED}
+    if directory is not None:
+        path = Path(directory).expanduser()
+        require(path.is_dir(), f"{node}.task_dir={directory} does not exist; give a directory of lm-eval tasks")
         found["task_dir"] = content_signature(path)
+    choice.require_known()
     return found
 
 

@@ -18,6 +18,7 @@ from launch.page_frame import page_template
 from launch.recovery_section import forecast_pictures, recovery_pictures
 from launch.search_section import other_metrics, pareto_pictures, score_pictures
 from launch.strip import architecture_strip
+from launch.task_section import task_table
 
 TEMPLATE = "report.html.j2"
 
@@ -32,6 +33,7 @@ def render_page(report: Mapping[str, Any], run: FinishedRun) -> str:
         final=report["models"][report["final_model"]],
         tokens=run.final.manifest.tokens,
         lengths=[*_lengths(run)],
+        tasks=task_table(run),
         strip=architecture_strip(parent, read_architecture(run.unfused), final),
         quality=[*_quality_against_latency(report), *pareto_pictures(run)],
         recovery=[*recovery_pictures(run), *forecast_pictures(run)],

@@ -25,9 +25,10 @@ from launch.config import (
 )
 from launch.pipeline import check_inputs
 from launch.plan_advice import Limits, check_step, fits, nearest_fit, needed_bytes, step_memory
-from launch.plan_demands import STATE_BYTES, Demand, Training, stage_demand
+from launch.plan_demands import Demand, Training, stage_demand
 from launch.plan_memory import Memory
 from launch.plan_models import PlannedModel
+from launch.plan_state import POINT_BYTES
 from launch.plan_time import UTILIZATION, Rates, step_time
 from launch.registry import STAGES
 from puzzle.config import CostConfig
@@ -263,7 +264,7 @@ class _Planner:
         hours = (run.num_steps * seconds + held_out / (self._rates.flops_per_s * step.num_ranks)) / 3600
         row = replace(row, step_s=seconds, hours=hours, gpu_hours=hours * row.gpus)
         return self._with_interruptions(
-            row, cluster, step_s=seconds, state_bytes=STATE_BYTES * num_params(step.student)
+            row, cluster, step_s=seconds, state_bytes=POINT_BYTES * num_params(step.student)
         )
 
     def _cluster_of(self, step: str) -> ClusterConfig:
@@ -366,8 +367,9 @@ def _misfit(row: StepPlan, memory: Memory, limits: Limits, nearest: str | None) 
     way_out = f"the nearest that fits: {nearest}" if nearest else "nothing that was tried fits; take a smaller model"
     per_node = memory.host_total * min(max(row.gpus, 1), limits.gpus_per_node)
     if needed_bytes(memory) <= limits.gpu_bytes:
+        shown = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in memory.host.items())
         return (
-            f"{per_node / GIB:,.0f} GiB of CPU memory per node, and cluster.cpu_memory_gib="
+            f"{per_node / GIB:,.0f} GiB of CPU memory per node (of each process: {shown}), and cluster.cpu_memory_gib="
             f"{limits.host_bytes / GIB:,.0f}; {way_out}"
         )
     largest = sorted(memory.parts.items(), key=lambda item: -item[1])[:3]

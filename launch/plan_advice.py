@@ -44,8 +44,12 @@ def needed_bytes(memory: Memory) -> float:
 
 def fits(step: Step, memory: Memory, limits: Limits) -> bool:
     """Whether GPU and node have the room."""
-    ranks_here = min(step.num_ranks, limits.gpus_per_node)
-    return needed_bytes(memory) <= limits.gpu_bytes and memory.host_total * ranks_here <= limits.host_bytes
+    return needed_bytes(memory) <= limits.gpu_bytes and _host_bytes(step, memory, limits) <= limits.host_bytes
+
+
+def _host_bytes(step: Step, memory: Memory, limits: Limits) -> float:
+    """Of one node."""
+    return memory.host_total * min(step.num_ranks, limits.gpus_per_node)
 
 
 def check_step(step: Step, *, node: str) -> None:
@@ -61,7 +65,7 @@ def nearest_fit(step: Step, limits: Limits, *, node: str) -> str | None:
 
     More nodes are the last resort, and a whole multiple of those there are.
     """
-    for changes in _candidates(step):
+    for changes in _candidates(step, limits, node=node):
         changed = step
         for change in changes:
             changed = change.apply(changed)
@@ -84,12 +88,25 @@ def _works(step: Step, limits: Limits, *, node: str) -> bool:
         return False
 
 
-def _candidates(step: Step) -> Iterator[tuple[_Change, ...]]:
-    options = [*_engine_options(step), _node_options(step)]
+def _candidates(step: Step, limits: Limits, *, node: str) -> Iterator[tuple[_Change, ...]]:
+    options = [_point_options(step, limits, node=node), *_engine_options(step), _node_options(step)]
     options = [choices for choices in options if choices]
     for number in range(1, _MAX_CHANGES + 1):
         for chosen in combinations(options, number):
             yield from product(*chosen)
+
+
+def _point_options(step: Step, limits: Limits, *, node: str) -> list[_Change]:
+    """Have training wait for the disk, where CPU memory is what lacks."""
+    try:
+        lacks = _host_bytes(step, step_memory(step), limits) > limits.host_bytes or step.engine.device == "cpu"
+    except ValueError:
+        return []
+    if not (step.background_points and lacks):
+        return []
+    # The phases of stage extend_context share theirs.
+    text = f"{node.partition('.phases.')[0]}.resume_points.background=false"
+    return [_Change(text=text, apply=lambda step: replace(step, background_points=False))]
 
 
 def _engine_options(step: Step) -> list[list[_Change]]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.config import EngineConfig, ObjectiveConfig, TrainConfig
-from distill.context_phases import PhaseConfig
 from launch.plan_activations import Numerics, Shape, forward_bytes
 from launch.plan_heads import chunk_rows
 from launch.plan_memory import Memory, Step
 from launch.plan_models import PlannedModel
-from launch.plan_state import product_bytes
+from launch.plan_state import POINT_BYTES, product_bytes
 from puzzle.config import SpaceConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.stats import (
@@ -34,10 +33,6 @@ from puzzle.space import attention_variants, ffn_variants
 
 STORED_BYTES = 2
 """Per parameter of a model artifact: bf16."""
-STATE_BYTES = 12
-"""Per parameter of a resume point: fp32 weights and AdamW's moments, whatever the engine."""
-POINTS_ON_DISK = 3
-"""Resume points at once: the newest two, unless ``resume_points`` says otherwise, and the one that is being written."""
 TRAINEE_BYTES = 16
 """Per parameter of a replacement in BLD (``puzzle.bld.TRAINING_BYTES_PER_PARAM``)."""
 
@@ -118,27 +113,32 @@ def _distill(config: Any, models: Models, num_ranks: int) -> Demand:
     student = models["student"].architecture
     teacher = models.get("teacher")
     step = _step(config.engine, config.objective, student, teacher, config.distill, num_ranks)
-    run = _training("distill", step, config.distill, config.distill.eval_every_tokens, config.distill.eval_sequences)
-    return _trained((run,), student)
+    run = _training("distill", step, config.distill)
+    return _trained((run,), student, config.distill)
 
 
 def _extend_context(config: Any, models: Models, num_ranks: int) -> Demand:
     student = models["student"].architecture
     extend = config.extend_context
-    runs = []
-    for index, phase in enumerate(extend.phases):
-        step = _step(config.engine, config.objective, student, models.get("teacher"), phase, num_ranks)
-        node = f"extend_context.phases.{index}"
-        runs.append(_training(node, step, phase, extend.eval_every_tokens, extend.eval_sequences))
-    demand = _trained(tuple(runs), student)
-    # Between two phases the model lies there in fp32.
-    return replace(demand, resume_bytes=demand.resume_bytes + 4 * num_params(student) * (len(runs) - 1))
+    phases = [extend.train(index) for index in range(len(extend.phases))]
+    runs = [
+        _training(
+            extend.node(index),
+            _step(config.engine, config.objective, student, models.get("teacher"), phase, num_ranks),
+            phase,
+        )
+        for index, phase in enumerate(phases)
+    ]
+    demand = _trained(tuple(runs), student, phases[-1])
+    # Of a finished phase its points stay, and its model in fp32.
+    earlier = sum(POINT_BYTES * len(phase.kept_points(point_steps(phase))) + 4 for phase in phases[:-1])
+    return replace(demand, resume_bytes=demand.resume_bytes + earlier * num_params(student))
 
 
 def _pretrain(config: Any, models: Models, num_ranks: int) -> Demand:
     student, train = models[""].architecture, config.pretrain.train
     step = _step(config.engine, ObjectiveConfig(lm=1.0), student, None, train, num_ranks)
-    return _trained((_training("pretrain.train", step, train, train.eval_every_tokens, train.eval_sequences),), student)
+    return _trained((_training("pretrain.train", step, train),), student, train)
 
 
 def _step(
@@ -146,7 +146,7 @@ def _step(
     objective: ObjectiveConfig,
     student: Architecture,
     teacher: PlannedModel | None,
-    train: TrainConfig | PhaseConfig,
+    train: TrainConfig,
     num_ranks: int,
 ) -> Step:
     return Step(
@@ -157,23 +157,36 @@ def _step(
         num_ranks=num_ranks,
         batch_size=train.batch_size,
         seq_len=train.seq_len,
+        background_points=train.resume_points.background,
     )
 
 
-def _training(
-    name: str, step: Step, train: TrainConfig | PhaseConfig, eval_every_tokens: int, eval_sequences: int
-) -> Training:
-    points = 2 + (train.max_tokens // eval_every_tokens if eval_every_tokens else 0)
+def _training(name: str, step: Step, train: TrainConfig) -> Training:
+    points = 2 + (train.max_tokens // train.eval_every_tokens if train.eval_every_tokens else 0)
     return Training(
         name=name,
         step=step,
-        num_steps=-(-train.max_tokens // (train.batch_size * train.seq_len)),
-        evaluated_tokens=points * eval_sequences * train.seq_len,
+        num_steps=train.num_steps,
+        evaluated_tokens=points * train.eval_sequences * train.seq_len,
     )
 
 
-def _trained(runs: tuple[Training, ...], student: Architecture) -> Demand:
-    return Demand(trainings=runs, resume_bytes=float(POINTS_ON_DISK * STATE_BYTES * num_params(student)))
+def _trained(runs: tuple[Training, ...], student: Architecture, train: TrainConfig) -> Demand:
+    return Demand(trainings=runs, resume_bytes=float(points_on_disk(train) * POINT_BYTES * num_params(student)))
+
+
+def point_steps(train: TrainConfig) -> list[int]:
+    """Optimizer steps after which an uninterrupted run writes a resume point, in rising order."""
+    # Nothing is due more often than at every step.
+    every = max(train.resume_every_tokens or train.default_resume_tokens, train.tokens_per_step)
+    total = train.num_steps * train.tokens_per_step
+    due = {-(-tokens // train.tokens_per_step) for tokens in range(every, total + 1, every)}
+    return sorted(due | {train.num_steps})
+
+
+def points_on_disk(train: TrainConfig) -> int:
+    """Most resume points at once: while the last one is written, those before it that ``resume_points`` keeps."""
+    return len(train.kept_points(point_steps(train)[:-1])) + 1
 
 
 def _build_library(config: Any, models: Models, num_ranks: int) -> Demand:
@@ -193,7 +206,7 @@ def _build_library(config: Any, models: Models, num_ranks: int) -> Demand:
             ranks=num_ranks,
         ),
         artifact_bytes=4.0 * values,
-        resume_bytes=float(POINTS_ON_DISK * STATE_BYTES * values),
+        resume_bytes=float(points_on_disk(bld) * POINT_BYTES * values),
         notes=("more replacements at once where memory is left: fewer passes of the parent",),
     )
 

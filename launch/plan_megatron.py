@@ -10,13 +10,13 @@ backward pass, SwiGLU is fused. Stage s of p holds the activations of min(p - s,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.engine.megatron_stages import ModelCosts, StagePlan, plan_stages
 from launch.plan_activations import Numerics
 from launch.plan_heads import Parts, head_bytes
-from launch.plan_memory import Memory, Step
-from launch.plan_state import product_bytes
+from launch.plan_memory import Memory, Step, point_copy
+from launch.plan_state import POINT_BYTES, product_bytes
 from puzzle.model.architecture import Architecture, BlockConfig
 from puzzle.model.stats import attention_flops_per_token, block_params, ffn_flops_per_token
 
@@ -26,7 +26,9 @@ def megatron_memory(step: Step) -> Memory:
     engine = step.engine
     plan = stage_plan(step)
     stages = [_stage(step, plan, index) for index in range(engine.pipeline_parallel)]
-    return max(stages, key=lambda memory: memory.total)
+    # Tensor and data ranks of one stage are neighbours: a node has ranks of the one that copies most.
+    host = max((memory.host for memory in stages), key=lambda parts: sum(parts.values()))
+    return replace(max(stages, key=lambda memory: memory.total), host=host)
 
 
 def stage_plan(step: Step) -> StagePlan:
@@ -113,6 +115,7 @@ def _stage(step: Step, plan: StagePlan, index: int) -> Memory:
         "gradients": 4 * params,
         "master weights": master * params,
         "optimizer": 8 * params / d,
+        **point_copy(step, POINT_BYTES * params / d, on_host=False),
     }
     if step.teacher is not None:
         own = range(sum(plan.teacher[:index]), sum(plan.teacher[: index + 1]))
@@ -134,7 +137,11 @@ def _stage(step: Step, plan: StagePlan, index: int) -> Memory:
     if head_total > work:
         for name, size in at_head.items():
             parts[name] = parts.get(name, 0.0) + size
-    return Memory(moment=moment, parts={name: size for name, size in parts.items() if size > 0})
+    return Memory(
+        moment=moment,
+        parts={name: size for name, size in parts.items() if size > 0},
+        host=point_copy(step, POINT_BYTES * params / d, on_host=True),
+    )
 
 
 def _heads(step: Step) -> Parts:

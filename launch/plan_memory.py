@@ -21,6 +21,7 @@ from launch.plan_state import (
     REDUCE_BUCKET_VALUES,
     State,
     is_sharded,
+    point_bytes,
     product_bytes,
     student_state,
     teacher_bytes,
@@ -46,6 +47,8 @@ class Step:
     batch_size: int
     """Sequences, over all ranks."""
     seq_len: int
+    background_points: bool = False
+    """A resume point is copied to CPU memory, and written while the next steps run (``resume_points.background``)."""
 
     @property
     def data_ranks(self) -> int:
@@ -107,6 +110,12 @@ def training_memory(step: Step) -> Memory:
     return replace(max(moments, key=lambda memory: memory.total), host=timeline.host())
 
 
+def point_copy(step: Step, num_bytes: float, *, on_host: bool) -> Parts:
+    """One rank's copy of the state that a thread writes beside training: on the host, which on a CPU is the device."""
+    lies_here = step.background_points and (step.engine.device != "cpu") == on_host
+    return {"resume point's copy": num_bytes} if lies_here else {}
+
+
 class _Timeline:
     """The moments of one step."""
 
@@ -160,7 +169,7 @@ class _Timeline:
 
     def host(self) -> Parts:
         """What one rank keeps on the CPU."""
-        host = dict(self._state.host)
+        host = {**self._state.host, **self._point_copy(on_host=True)}
         engine = self._step.engine
         if engine.offload_activations:
             pieces = -(-self._stream * self._numerics.residual // PIECE_BYTES)
@@ -168,6 +177,9 @@ class _Timeline:
         if engine.teacher_device == "cpu" and self._step.teacher is not None:
             host["teacher"] = teacher_bytes(self._step.teacher, replace(engine, shard=False, zero_stage=2), 1)
         return host
+
+    def _point_copy(self, *, on_host: bool) -> Parts:
+        return point_copy(self._step, point_bytes(self._student, self._step.num_ranks), on_host=on_host)
 
     @staticmethod
     def _sum(*parts: Parts) -> Parts:
@@ -184,6 +196,7 @@ class _Timeline:
             "master weights": state.master,
             "optimizer": state.optimizer,
             "buffers": state.buffers if step.engine.zero_stage == 3 else 0.0,
+            **self._point_copy(on_host=False),
         }
         if step.teacher is not None and step.engine.teacher_device == "same":
             parts["teacher"] = teacher_bytes(step.teacher, step.engine, step.num_ranks)

@@ -25,6 +25,8 @@ from distill.config import EngineConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.stats import block_params, num_params, other_params
 
+POINT_BYTES = 12
+"""Per parameter of a resume point, whatever the engine: fp32 weights and AdamW's moments."""
 REDUCE_BUCKET_VALUES = 500_000_000
 """DeepSpeed's ``reduce_bucket_size``, which ``zero_config`` leaves as it is: buffers have it, whatever the model."""
 MAX_LIVE_VALUES = 1_000_000_000
@@ -102,6 +104,16 @@ def _zero_buffers(engine: EngineConfig, *, on_gpu: bool) -> float:
     """Buckets that gradients are gathered in: two of stages 1 and 2 where communication overlaps, one of stage 3."""
     number = 2 if engine.zero_stage < 3 and on_gpu else 1
     return number * product_bytes(engine) * REDUCE_BUCKET_VALUES
+
+
+def point_bytes(student: Architecture, num_ranks: int) -> float:
+    """What one rank writes of a resume point, and copies first where a thread is to write it.
+
+    FSDP2's shards are a rank's own. Of what all ranks have, DDP's ranks take turns by tensor and ZeRO's by parameter
+    (``torch_state.snapshot``, ``DeepSpeedEngine.snapshot``): on the mean over the ranks as much, and on a node that
+    has them all exactly.
+    """
+    return POINT_BYTES * num_params(student) / num_ranks
 
 
 def teacher_bytes(teacher: Architecture, engine: EngineConfig, num_ranks: int) -> float:

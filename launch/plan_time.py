@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distill.config import require
+from distill.utilization import training_flops
 from launch.plan_memory import Step
 from launch.plan_state import is_sharded, product_bytes
 from puzzle.config import HardwareConfig
 from puzzle.model.architecture import Architecture
-from puzzle.model.stats import ffn_flops_per_token, flops_per_token, num_params
+from puzzle.model.stats import ffn_flops_per_token, num_params, sequence_flops
 
 UTILIZATION = 0.6
 """Of conf/hardware's sustained rate, itself 0.7 of the data sheet's: an MFU of 42 % where nothing is computed again."""
@@ -90,16 +91,13 @@ def step_time(step: Step, rates: Rates) -> StepTime:
 
 def step_flops(step: Step) -> float:
     """FLOPs of one optimizer step, with what is computed again."""
-    context = (step.seq_len + 1) // 2
-    student = flops_per_token(step.student, context)
-    per_token = 3.0 * student
+    student = sequence_flops(step.student, step.seq_len)
+    flops = training_flops(student, 0 if step.teacher is None else sequence_flops(step.teacher, step.seq_len))
     if step.engine.recompute:
-        per_token += student - 2 * step.student.vocab_size * step.student.hidden_dim
+        flops += student - 2 * step.student.vocab_size * step.student.hidden_dim * step.seq_len
     if 0 < step.engine.ffn_tile_tokens < step.micro_tokens:
-        per_token += sum(ffn_flops_per_token(step.student, block.ffn) for block in step.student.blocks)
-    if step.teacher is not None:
-        per_token += flops_per_token(step.teacher, context)
-    return per_token * step.batch_size * step.seq_len
+        flops += sum(ffn_flops_per_token(step.student, block.ffn) for block in step.student.blocks) * step.seq_len
+    return flops * step.batch_size
 
 
 def _data_parallel_bytes(step: Step) -> float:

@@ -239,6 +239,7 @@ STAGES: dict[str, Stage] = {
         further_inputs="model",
         output="report",
         version=2,
+        externals="launch.externals:task_sources",
     ),
     "benchmark": Stage(
         config=BenchmarkStage,
@@ -249,6 +250,6 @@ STAGES: dict[str, Stage] = {
         externals="launch.externals:hardware",
     ),
     "export": Stage(
-        config=ExportStage, body="launch.stages.export:run", inputs={"model": "model"}, output="export", version=2
+        config=ExportStage, body="launch.stages.export:run", inputs={"model": "model"}, output="export", version=3
     ),
 }

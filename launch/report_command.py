@@ -42,11 +42,16 @@ def run(arguments: Sequence[str]) -> int:
         report_sweep(Sweep.read(directories[0]), out)
     else:
         runs = [RunDirectory.at(path) for path in _runs_of(directories)]
-        names = "\n".join(sorted(str(run.path) for run in runs))
-        name = f"comparison-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
         title = " and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs"
-        write_and_show_all(compare(title, dict(enumerate(runs, start=1))), out or common_directory(runs) / name)
+        write_and_show_all(compare(title, dict(enumerate(runs, start=1))), out or _place_of(runs))
     return 0
+
+
+def _place_of(runs: Sequence[RunDirectory]) -> Path:
+    """Where the page over ``runs`` lies: a function of the set, also when all that holds them is moved."""
+    common = common_directory(runs)
+    names = "\n".join(sorted(run.path.relative_to(common).as_posix() for run in runs))
+    return common / f"comparison-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
 
 
 def report_sweep(sweep: Sweep, out: Path | None = None) -> None:

@@ -6,7 +6,7 @@ that artifact through the run's link to it, where the recipe is its own but for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import filelock
@@ -18,7 +18,7 @@ from launch.pipeline import Listener, PlannedStep, check_processes, describe_cha
 from launch.rundir import RunDirectory
 from launch.stage import StageContext
 from launch.store import Store
-from launch.wandb_steps import get_or_compute
+from launch.wandb_steps import get_or_compute, show_committed
 
 MACHINE_EXTERNALS = frozenset({"device", "threads", "torch", "all_reduce"})
 """Externals that say where something was measured, not what of."""
@@ -44,7 +44,7 @@ def run_step(
     context: StageContext,
     listener: Listener,
 ) -> dict[str, Artifact] | None:
-    """Compute step ``name`` unless it is committed, and link it into the run directory.
+    """Compute step ``name`` unless it is committed, show it to W&B, and link it into the run directory.
 
     Args:
         steps: of the whole pipeline.
@@ -82,6 +82,33 @@ def run_step(
     return {step.name: found[step.name] for step in steps} if found.keys() == by_name.keys() else None
 
 
+def show_all_committed(
+    steps: Sequence[PlannedStep],
+    *,
+    store: Store,
+    run: RunDirectory,
+    context: StageContext,
+    say: Callable[[str], None],
+) -> None:
+    """Show W&B those steps that need no job, under the name of this run.
+
+    Args:
+        steps: of the whole pipeline.
+        store: has their artifacts.
+        run: of the pipeline.
+        context: template whose ``step_name`` is set.
+        say: is told where W&B's runs are.
+
+    Raises:
+        ValueError: W&B does not start.
+    """
+    found = committed(steps, store=store, run=run)
+    for step in steps:
+        if step.name in found:
+            own = replace(context, step_name=step.name)
+            show_committed(found[step.name], step.config, store=store, context=own, say=say)
+
+
 def finishing(run: RunDirectory) -> filelock.FileLock:
     """Held while a run's report is written: its last two steps may end at the same time."""
     return filelock.FileLock(run.path / ".report.lock")
@@ -96,14 +123,15 @@ def _compute(
     context: StageContext,
     listener: Listener,
 ) -> tuple[Artifact, bool]:
+    own = replace(context, step_name=step.name)
     if step.name in found:
         store.clear_private_state(found[step.name].manifest.recipe)
+        show_committed(found[step.name], step.config, store=store, context=own, say=listener.waiting)
         return found[step.name], True
     check_processes(step.stage, step.config)
     recipe = _recipe(step, found)
     listener.started(step.name, recipe.stage, describe_change(run.linked(step.name), recipe))
     inputs = {key: found[source] for key, source in step.inputs.items()}
-    own = replace(context, step_name=step.name)
     job = make_job(recipe, step.config, inputs, context=own)
     return get_or_compute(job, step.config, store=store, context=own, say=listener.waiting)
 

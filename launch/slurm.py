@@ -111,8 +111,7 @@ def submit(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
     Raises:
         ValueError: there is no sbatch, jobs of this run are in the queue, or Slurm refuses a script.
     """
-    slurm_commands.require_slurm()
-    _require_idle(run)
+    check_submission(run)
     scripts = dict(_write(jobs, run))
     for job in jobs:
         try:
@@ -130,6 +129,16 @@ def submit(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
             ) from error
         _record(run, ids)
     return ids
+
+
+def check_submission(run: RunDirectory) -> None:
+    """Refuse jobs of ``run`` where none can be submitted.
+
+    Raises:
+        ValueError: there is no sbatch, or jobs of this run are in the queue.
+    """
+    slurm_commands.require_slurm()
+    _require_idle(run)
 
 
 def _shape(step: PlannedStep, nodes: int | None, cluster: ClusterConfig) -> tuple[int, int]:

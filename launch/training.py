@@ -21,6 +21,7 @@ from distill.engine.setup import TrainingSetup
 from distill.recovered import Recovery
 from distill.tracking import Tracker
 from distill.trainer import TrainResult, train
+from distill.utilization import peak_flops_per_s, training_flops
 from launch import preemption
 from launch.artifact import Artifact
 from launch.recovery import TRAINING_STAGES
@@ -149,6 +150,7 @@ def run_engine(
             tokens_before=tokens_before,
             desc=desc,
             should_stop=preemption.should_stop,
+            step_s_at_peak=_step_s_at_peak(setup, budget, engine, runner.device),
         )
     if result.tokens < budget.num_steps * budget.tokens_per_step:
         raise preemption.Preempted(f"{desc} stopped at {result.tokens:,} tokens, with its state saved")
@@ -160,6 +162,24 @@ def run_engine(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return result
+
+
+def _step_s_at_peak(
+    setup: TrainingSetup, budget: TrainConfig, engine: EngineConfig, device: torch.device
+) -> float | None:
+    """Seconds of an optimizer step at the peak of all processes' devices; None: it is not known.
+
+    A teacher on a device of its own counts for nothing, as that device does. Documents that are kept apart count as
+    whole sequences.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = peak_flops_per_s(name, engine)
+    if peak is None:
+        return None
+    runs = setup.teacher is not None and setup.objective.needs_teacher and engine.teacher_device == "same"
+    teacher = setup.teacher.sequence_flops(budget.seq_len) if setup.teacher is not None and runs else 0
+    flops = training_flops(setup.student.sequence_flops(budget.seq_len), teacher)
+    return flops * budget.batch_size / (peak * distributed.world_size())
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def _evaluate(artifact: Artifact) -> Content:
         if reference is not None and name != PARENT:
             closed = gap_closed_frac(parent=parent, reference=losses[reference], model=loss)
         retained = retained_frac(teacher=parent, student=loss)
-        rows.append((name, loss, row["kld"], row["top1_agreement_frac"], loss - parent, retained, closed))
+        rows.append((name, loss, row["kld"], row["top1_agreement_frac"], row["lm_loss_gap"], retained, closed))
     summary = {
         f"evaluate/{row[0]}/{column}": value
         for row in rows
@@ -237,13 +237,32 @@ def _evaluate(artifact: Artifact) -> Content:
         for length, values in row["by_length"].items()
     ]
     by_length = Table(columns=("model", "length", "lm_loss", "retrieval_accuracy_frac"), rows=lengths)
+    tasks = _tasks(measured)
     return Content(
-        summary=summary,
+        summary={**summary, **tasks.summary},
         tables={
             "evaluate/models": Table(columns=columns, rows=rows),
             **({"evaluate/lengths": by_length} if lengths else {}),
+            **tasks.tables,
         },
     )
+
+
+def _tasks(measured: Mapping[str, Mapping[str, Any]]) -> Content:
+    """lm-eval tasks of the models of ``evaluate.json``; empty where none ran."""
+    done = [(name, task, result) for name, row in measured.items() for task, result in row.get("tasks", {}).items()]
+    if not done:
+        return Content()
+    summary: dict[str, Any] = {}
+    for name, task, result in done:
+        values = {result["metric"]: result["value"], "recovery_frac": result["recovery_frac"]}
+        summary |= {f"evaluate/{name}/tasks/{task}/{key}": value for key, value in values.items() if value is not None}
+    for name, row in measured.items():
+        if row["tasks_recovery_frac"] is not None:
+            summary[f"evaluate/{name}/tasks_recovery_frac"] = row["tasks_recovery_frac"]
+    columns = ("metric", "value", "stderr", "n", "recovery_frac")
+    rows = [(name, task, *(result[column] for column in columns)) for name, task, result in done]
+    return Content(summary=summary, tables={"evaluate/tasks": Table(columns=("model", "task", *columns), rows=rows)})
 
 
 def _benchmark(artifact: Artifact) -> Content:

@@ -54,6 +54,32 @@ def get_or_compute(
     return artifact, cached
 
 
+def show_committed(
+    artifact: Artifact, config: Any, *, store: Store, context: StageContext, say: Callable[[str], None]
+) -> None:
+    """Show a step that is committed already, as :func:`get_or_compute` does, once under every name of a run.
+
+    Args:
+        artifact: of the step, wherever and whenever it was computed.
+        config: its typed configuration.
+        store: where it is.
+        context: with the names of run and step, and the run's directory.
+        say: is told where W&B's run is.
+
+    Raises:
+        ValueError: W&B does not start.
+    """
+    if wandb_run.mode(context.tracking) == "off":
+        return
+    step = _Step(artifact.manifest.recipe, config, store=store, context=context, say=say)
+    try:
+        step.publish(artifact)
+    except BaseException as error:
+        step.end(error)
+        raise
+    step.end(None)
+
+
 class _Step:
     """The W&B run of one step, started when there is something to say."""
 

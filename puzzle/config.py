@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
-from puzzle.model.targets import Target
+from puzzle.model.targets import Quantization, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +402,8 @@ class ExportConfig:
     targets: tuple[Target, ...] = ("transformers", "vllm")
     """Engines that it is written for: transformers, vllm, sglang, llama_cpp, mlx, megatron. One that cannot load the
     model makes the stage fail. The report covers all."""
+    quantization: Quantization = "none"
+    """none, or fp8: matrices of attentions and FFNs in FP8, with a scale per output channel."""
     max_shard_gib: float = 4.0
 
     def __post_init__(self) -> None:

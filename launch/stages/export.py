@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ from puzzle.config import ExportConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, check_tensors, has_tokenizer, read_architecture
 from puzzle.model.compatibility import TargetReport, compatibility, require_loadable
+from puzzle.model.fp8_directory import Fp8Error
 from puzzle.model.rewrites import rewritten
 from puzzle.model.rewritten_tensors import rewritten_tensors
-from puzzle.model.target_directory import add_megatron_files, link_directory, write_hf_directory
-from puzzle.model.targets import Target
+from puzzle.model.target_directory import (
+    add_megatron_files,
+    link_directory,
+    weight_file_bytes,
+    write_fp8_directory,
+    write_hf_directory,
+)
+from puzzle.model.targets import Quantization, Target
 from puzzle.model.tensor_layout import EMBEDDING
 
 REPORT_NAME = "compatibility.json"
@@ -52,24 +60,32 @@ def run(config: ExportStage, inputs: Inputs, context: StageContext) -> StageResu
     export, model_dir = config.export, inputs["model"].path
     source = read_architecture(model_dir)
     require(len(export.targets) > 0, "export.targets is empty; name an engine")
-    require_loadable(source, export.targets, name="export.targets")
+    require_loadable(source, export.targets, name="export.targets", quantization=export.quantization)
     require(has_tokenizer(model_dir), f"{model_dir} has no tokenizer, and the export needs one; import the model anew")
     forms = _forms(source, export.targets)
     with TensorReader(model_dir) as reader:
         check_tensors(reader, source)
-        paths = _write(forms, reader, source, context.out, export)
-    reports = compatibility(source)
-    entries = [{**report.as_json(), "path": paths.get(report.target)} for report in reports]
-    (context.out / REPORT_NAME).write_text(json.dumps({"targets": entries}, indent=1) + "\n", encoding="utf-8")
+        paths, errors = _write(forms, reader, source, context.out, export)
+    reports = compatibility(source, export.quantization)
+    num_bytes = {target: weight_file_bytes(context.out / path) for target, path in paths.items()}
+    entries = [
+        {**report.as_json(), "path": paths.get(report.target), "bytes": num_bytes.get(report.target)}
+        for report in reports
+    ]
+    content = {"quantization": export.quantization, "targets": entries}
+    (context.out / REPORT_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _show(reports, paths)
     num_blocks = {target: form.architecture.num_blocks for form in forms for target in form.targets}
     return StageResult(
-        headline=_headline(reports, paths, source),
+        headline=_headline(reports, paths, source, export.quantization),
         metrics={
             "num_blocks": num_blocks[export.targets[0]],
             "num_dropped_blocks": source.num_blocks - num_blocks[export.targets[0]],
             "targets": {report.target: report.status for report in reports},
             "paths": paths,
+            "quantization": export.quantization,
+            "bytes": num_bytes,
+            **_worst(errors),
         },
     )
 
@@ -89,32 +105,54 @@ def _forms(source: Architecture, targets: Iterable[Target]) -> list[Form]:
 
 def _write(
     forms: list[Form], reader: TensorReader, source: Architecture, out: Path, export: ExportConfig
-) -> dict[Target, str]:
-    """Path of what each target loads, relative to the artifact."""
+) -> tuple[dict[Target, str], list[Fp8Error]]:
+    """Path of what each target loads, relative to the artifact, and the errors of what was quantised."""
     dtype = reader.dtype(EMBEDDING)
     vocabularies = {form.targets: _check_gguf(form, reader, dtype) for form in forms if form.is_gguf}
     paths: dict[Target, str] = {}
+    errors: list[Fp8Error] = []
     for form in forms:
         names = ["."] if len(forms) == 1 else list(form.targets)
-        tensors = rewritten_tensors(reader, source, form.architecture)
         if form.is_gguf:
+            tensors = rewritten_tensors(reader, source, form.architecture)
             file = _write_gguf(out / names[0], form, tensors, reader, vocabularies[form.targets])
             paths |= dict.fromkeys(form.targets, file.relative_to(out).as_posix())
             continue
-        write_hf_directory(
-            out / names[0],
-            form.architecture,
-            tensors,
-            dtype=dtype,
-            max_shard_bytes=int(export.max_shard_gib * 2**30),
-            tokenizer_from=reader.directory,
-        )
+        errors += _write_hf(out / names[0], form, reader, source, export)
         for name in names[1:]:
             link_directory(out / names[0], out / name)
         paths |= {target: "." if names == ["."] else target for target in form.targets}
         if "megatron" in form.targets:
             add_megatron_files(out / paths["megatron"], form.architecture, dtype)
-    return paths
+    return paths, errors
+
+
+def _write_hf(
+    directory: Path, form: Form, reader: TensorReader, source: Architecture, export: ExportConfig
+) -> list[Fp8Error]:
+    dtype, max_shard_bytes = reader.dtype(EMBEDDING), int(export.max_shard_gib * 2**30)
+    tensors = partial(rewritten_tensors, reader, source, form.architecture)
+    if export.quantization == "none":
+        write_hf_directory(
+            directory,
+            form.architecture,
+            tensors(),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer_from=reader.directory,
+        )
+        return []
+    # Engines multiply FP8 into bf16 or fp16, never into fp32.
+    rest = torch.bfloat16 if dtype == torch.float32 else dtype
+    error = write_fp8_directory(
+        directory,
+        form.architecture,
+        tensors,
+        dtype=rest,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_from=reader.directory,
+    )
+    return [error]
 
 
 def _write_gguf(
@@ -159,10 +197,21 @@ def _show(reports: Iterable[TargetReport], paths: Mapping[Target, str]) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
-def _headline(reports: Iterable[TargetReport], paths: Mapping[Target, str], source: Architecture) -> str:
+def _worst(errors: Iterable[Fp8Error]) -> dict[str, float | str]:
+    found = [error for error in errors if error.name]
+    if not found:
+        return {}
+    worst = max(found, key=lambda error: error.largest)
+    return {"quantization_error_frac": worst.largest, "quantization_error_of": worst.name}
+
+
+def _headline(
+    reports: Iterable[TargetReport], paths: Mapping[Target, str], source: Architecture, quantization: Quantization
+) -> str:
     parts = []
     for report in reports:
         if report.target in paths:
             rewrites = f" ({'; '.join(report.rewrites)})" if report.rewrites else ""
             parts.append(f"{report.target}{rewrites}")
-    return f"{source.num_blocks} blocks load in {', '.join(parts)}"
+    stored = "" if quantization == "none" else f", stored in {quantization.upper()}"
+    return f"{source.num_blocks} blocks load in {', '.join(parts)}{stored}"

@@ -25,9 +25,11 @@ from puzzle.model import configuration_decilm, modeling_decilm
 from puzzle.model.architecture import Architecture
 from puzzle.model.block_range import keep_blocks, tensor_places
 from puzzle.model.configuration_decilm import DeciLMConfig
+from puzzle.model.fp8 import E4M3, FP8_CONFIG, fp8_dtypes, fp8_shapes
 from puzzle.model.hf_config import MODEL_TYPE, TOKEN_ID_KEYS, architecture_from_config, hf_config
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.shard_writer import ShardWriter
+from puzzle.model.targets import Quantization
 from puzzle.model.tensor_layout import EMBEDDING, HEAD, tensor_shapes
 from puzzle.model.tensor_reader import INDEX_FILE, TensorReader, read_json, row_ranges
 from puzzle.model.tensor_reader import WEIGHTS_FILE as WEIGHTS_FILE
@@ -69,6 +71,8 @@ def read_architecture(directory: Path) -> Architecture:
     config = read_json(path)
     model_type = config.get("model_type")
     require(model_type == MODEL_TYPE, f"{path}: model_type is {model_type!r}; {expected}, import other models first")
+    quantized = config.get("quantization_config") is not None
+    require(not quantized, f"{path}: its weights are quantised, for engines; give the model from before its export")
     require(any(directory.glob("*.safetensors")), f"{directory} has no *.safetensors; {expected}")
     try:
         return architecture_from_config(config)
@@ -84,13 +88,20 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, directory: Path, architecture: Architecture, *, dtype: torch.dtype, max_shard_bytes: int = 4 * 1024**3
+        self,
+        directory: Path,
+        architecture: Architecture,
+        *,
+        dtype: torch.dtype,
+        max_shard_bytes: int = 4 * 1024**3,
+        quantization: Quantization = "none",
     ) -> None:
         """Start a checkpoint in ``directory``, which is made if needed.
 
         Args:
-            dtype: data type of all stored tensors.
+            dtype: data type of all stored tensors that are not quantised.
             max_shard_bytes: of the tensors of one file; a larger tensor has a file of its own.
+            quantization: fp8: the tensors are those of :func:`puzzle.model.fp8.quantized_tensors`.
 
         Raises:
             ValueError: ``directory`` already holds weights.
@@ -100,8 +111,10 @@ class CheckpointWriter:
         self.directory = directory
         self.architecture = architecture
         self.dtype = dtype
-        self._missing = tensor_shapes(architecture)
-        self._shards = ShardWriter(directory, self._missing, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        self._is_fp8 = quantization == "fp8"
+        self._missing = fp8_shapes(architecture) if self._is_fp8 else tensor_shapes(architecture)
+        self._dtypes = fp8_dtypes(architecture, dtype) if self._is_fp8 else dict.fromkeys(self._missing, dtype)
+        self._shards = ShardWriter(directory, self._missing, self._dtypes, max_shard_bytes=max_shard_bytes)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -111,16 +124,16 @@ class CheckpointWriter:
             self.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write ``tensor`` as the checkpoint's tensor ``name``, in the writer's data type.
+        """Write ``tensor`` as the checkpoint's tensor ``name``, in its stored data type.
 
         Raises:
             ValueError: the architecture has no such tensor (or it was added before), or one of another shape.
         """
         self._take(name, tuple(tensor.shape))
-        row_bytes = prod(tensor.shape[1:]) * self.dtype.itemsize
+        row_bytes = prod(tensor.shape[1:]) * self._dtypes[name].itemsize
         ranges = row_ranges(tensor.shape[0], row_bytes) if tensor.ndim else ()
         pieces = (tensor[rows.start : rows.stop] for rows in ranges) if tensor.ndim else (tensor,)
-        self._shards.write(name, map(self._storable, pieces))
+        self._write(name, pieces)
 
     def add_rows(self, name: str, pieces: Iterable[Tensor]) -> None:
         """Write tensor ``name`` from ``pieces``: runs of its rows, in order, so that it is never in memory as a whole.
@@ -131,7 +144,7 @@ class CheckpointWriter:
             ValueError: the architecture has no such tensor, or it was added before.
         """
         self._take(name, None)
-        self._shards.write(name, map(self._storable, pieces))
+        self._write(name, pieces)
 
     def copy(self, name: str, reader: TensorReader, *sources: str) -> None:
         """Write tensor ``name`` from ``sources`` of ``reader``, stacked along the first dimension; default: ``name``.
@@ -145,11 +158,10 @@ class CheckpointWriter:
         shapes = [reader.shape(source) for source in sources]
         assert len({shape[1:] for shape in shapes}) == 1, f"{name}: {sources} of shapes {shapes} cannot be stacked"
         self._take(name, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
-        if all(reader.dtype(source) == self.dtype for source in sources):
+        if all(reader.dtype(source) == self._dtypes[name] for source in sources):
             self._shards.copy(name, map(reader.place, sources))
         else:
-            pieces = chain.from_iterable(reader.row_chunks(source) for source in sources)
-            self._shards.write(name, map(self._storable, pieces))
+            self._write(name, chain.from_iterable(reader.row_chunks(source) for source in sources))
 
     def _take(self, name: str, shape: tuple[int, ...] | None) -> None:
         require(name in self._missing, f"{self.directory}: {name!r} is not a tensor that the architecture still lacks")
@@ -158,8 +170,14 @@ class CheckpointWriter:
         require(found == expected, f"{self.directory}: {name!r} has shape {list(found)}, expected {list(expected)}")
         del self._missing[name]
 
-    def _storable(self, piece: Tensor) -> Tensor:
-        return piece.detach().to(device="cpu", dtype=self.dtype).contiguous()
+    def _write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        dtype = self._dtypes[name]
+
+        def storable(piece: Tensor) -> Tensor:
+            assert piece.dtype == dtype or dtype != E4M3, f"{name}: a cast to FP8 without a scale"
+            return piece.detach().to(device="cpu", dtype=dtype).contiguous()
+
+        self._shards.write(name, map(storable, pieces))
 
     def close(self) -> None:
         """Name the weight files, write the remote code, the index and, last, the configuration.
@@ -179,7 +197,10 @@ class CheckpointWriter:
             metadata = {"total_size": self._shards.total_bytes}
             index = {"metadata": metadata, "weight_map": dict(sorted(self._shards.weight_map.items()))}
             _write_json(self.directory / INDEX_FILE, index)
-        _write_json(self.directory / "config.json", hf_config(self.architecture, dtype_name(self.dtype)))
+        config = hf_config(self.architecture, dtype_name(self.dtype))
+        if self._is_fp8:
+            config["quantization_config"] = FP8_CONFIG
+        _write_json(self.directory / "config.json", config)
 
 
 def check_tensors(reader: TensorReader, architecture: Architecture) -> None:
@@ -299,6 +320,17 @@ def load_model(
     return model.eval()
 
 
+def model_of(
+    architecture: Architecture, tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
+) -> DeciLMForCausalLM:
+    """A model in evaluation mode of ``tensors``, which are all that ``architecture`` has, in ``dtype``."""
+    model = _empty_model(architecture, dtype)
+    for name, tensor in tensors:
+        _set_tensor(model, name, tensor.to(dtype))
+    _tie(model, architecture)
+    return model.eval()
+
+
 def build_model(architecture: Architecture, *, seed: int, dtype: torch.dtype = torch.float32) -> DeciLMForCausalLM:
     """A randomly initialised model on the CPU, in evaluation mode; the global random state is left alone.
 
@@ -306,17 +338,16 @@ def build_model(architecture: Architecture, *, seed: int, dtype: torch.dtype = t
     its variance does not grow with depth (GPT-2); norms are one, biases zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = _empty_model(architecture, dtype)
     writes_residual = ("o_proj.weight", "down_proj.weight", "linear_attn.weight", "linear_mlp.weight")
-    for name, shape in tensor_shapes(architecture).items():
+
+    def initial(name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
-            tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-        else:
-            scale = sqrt(2 * architecture.num_blocks) if name.endswith(writes_residual) else 1.0
-            tensor = torch.empty(shape).normal_(0.0, 0.02 / scale, generator=generator)
-        _set_tensor(model, name, tensor.to(dtype))
-    _tie(model, architecture)
-    return model.eval()
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        scale = sqrt(2 * architecture.num_blocks) if name.endswith(writes_residual) else 1.0
+        return torch.empty(shape).normal_(0.0, 0.02 / scale, generator=generator)
+
+    tensors = ((name, initial(name, shape)) for name, shape in tensor_shapes(architecture).items())
+    return model_of(architecture, tensors, dtype=dtype)
 
 
 def save_model(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from distill.config import require
 from puzzle.model.architecture import Architecture
 from puzzle.model.rewrites import kv_head_counts, rewritten
-from puzzle.model.targets import TARGETS, Target
+from puzzle.model.targets import TARGETS, Quantization, Target
 
 Status = Literal["loads", "loads_rewritten", "cannot"]
 
@@ -50,18 +50,23 @@ class Limitation:
     applies: Callable[[Architecture], bool]
 
 
-def compatibility(architecture: Architecture) -> list[TargetReport]:
+def compatibility(architecture: Architecture, quantization: Quantization = "none") -> list[TargetReport]:
     """One report per engine, in the order of ``TARGETS``."""
-    return [report(target, architecture) for target in TARGETS]
+    return [report(target, architecture, quantization) for target in TARGETS]
 
 
-def report(target: Target, architecture: Architecture) -> TargetReport:
-    """What ``target`` does with ``architecture``."""
+def report(target: Target, architecture: Architecture, quantization: Quantization = "none") -> TargetReport:
+    """What ``target`` does with ``architecture``, its weights stored as ``quantization`` says."""
     form, done = rewritten(target, architecture)
     reasons = _reasons(target, form)
+    if quantization == "fp8" and target in NO_FP8:
+        reasons = (*reasons, NO_FP8[target])
     status: Status = "cannot" if reasons else "loads_rewritten" if done else "loads"
     rewrites = () if reasons else tuple(what for _, what in done)
-    return TargetReport(target=target, status=status, reasons=reasons, rewrites=rewrites, notes=_NOTES[target])
+    notes = _NOTES[target]
+    if quantization == "fp8" and not reasons:
+        notes = (*notes, _FP8_NOTE, *(_FP8_IN_TRANSFORMERS if target == "transformers" else ()))
+    return TargetReport(target=target, status=status, reasons=reasons, rewrites=rewrites, notes=notes)
 
 
 def costly_rewrites(target: Target, architecture: Architecture) -> dict[str, str]:
@@ -70,9 +75,12 @@ def costly_rewrites(target: Target, architecture: Architecture) -> dict[str, str
     return {rewrite.name: what for rewrite, what in done if rewrite.adds_cost}
 
 
-def require_loadable(architecture: Architecture, targets: Sequence[Target], *, name: str) -> None:
+def require_loadable(
+    architecture: Architecture, targets: Sequence[Target], *, name: str, quantization: Quantization = "none"
+) -> None:
     """Raise ``ValueError`` where one of ``targets`` cannot load ``architecture``; ``name`` is the configuration key."""
-    refused = [found for found in (report(target, architecture) for target in targets) if found.status == "cannot"]
+    reports = (report(target, architecture, quantization) for target in targets)
+    refused = [found for found in reports if found.status == "cannot"]
     reasons = "; ".join(f"{found.target} cannot load this model: {', '.join(found.reasons)}" for found in refused)
     names = ", ".join(found.target for found in refused)
     require(not refused, f"{name}: {reasons}; leave {names} out of {name}")
@@ -95,6 +103,20 @@ _NOTES: dict[Target, tuple[str, ...]] = {
         "megatron_layers.json is for --heterogeneous-layers-config-path, megatron_arguments.txt has the flags with it",
     ),
 }
+
+
+_FP8_NOTE = "FP8 matrices with a scale per output channel; their inputs are quantised per token as it runs"
+_FP8_IN_TRANSFORMERS = (
+    "needs package compressed-tensors; CompressedTensorsConfig(dequantize=True) runs it dequantised",
+)
+NO_FP8: dict[Target, str] = {
+    "llama_cpp": "a GGUF file has no FP8 (export it with export.quantization=none and let llama-quantize make Q8_0)",
+    "mlx": "MLX-LM takes all compressed-tensors for 4-bit integers (export with export.quantization=none and let "
+    "mlx_lm.convert quantise)",
+    "megatron": "Megatron-LM starts from unquantised weights and casts to FP8 itself (export with "
+    "export.quantization=none and pass --fp8-format)",
+}
+"""Engines that read no FP8 checkpoint: why, and the way out."""
 
 
 def _window_is_felt(architecture: Architecture) -> bool:

@@ -23,6 +23,7 @@ from puzzle.model.checkpoint import (
 from puzzle.model.configuration_decilm import DeciLMConfig
 from puzzle.model.hf_config import hf_config
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
+from puzzle.model.stats import sequence_flops
 from puzzle.model.tensor_layout import EMBEDDING, tensor_shapes
 
 
@@ -77,6 +78,10 @@ class DirectoryProvider:
     def dtype(self) -> torch.dtype:
         """Data type that the weights are stored in."""
         return self._dtype
+
+    def sequence_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of one sequence, head included."""
+        return sequence_flops(self.architecture, seq_len)
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The whole model with its weights, in evaluation mode, with the Hugging Face surface."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +33,10 @@ DTYPES = {
 }
 """Names in the header of a safetensors file."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+"""With the one of weights that mean nothing without their scales: who reads them asks for it."""
+
+_NAMES = {dtype: name for name, dtype in FP8_DTYPES.items()}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit: a file that is none could claim any length."""
@@ -50,7 +54,7 @@ class StoredTensor:
     file: str
     """Name of the file."""
     dtype: str
-    """Key of DTYPES; quantised files have others."""
+    """Key of FP8_DTYPES; other quantised files have others."""
     shape: tuple[int, ...]
     offset: int
     """Of its first byte in the file."""
@@ -80,8 +84,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(file: str, entry: dict[str, Any], start: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
     dtype, shape, num_bytes = entry["dtype"], tuple(entry["shape"]), end - begin
-    if dtype in DTYPES:
-        expected = prod(shape) * DTYPES[dtype].itemsize
+    if dtype in FP8_DTYPES:
+        expected = prod(shape) * FP8_DTYPES[dtype].itemsize
         require(num_bytes == expected, f"{dtype} of shape {list(shape)} takes {expected} bytes, not {num_bytes}")
     return StoredTensor(file=file, dtype=dtype, shape=shape, offset=start + begin, num_bytes=num_bytes)
 
@@ -94,16 +98,16 @@ def _check_extent(tensors: dict[str, StoredTensor], start: int, num_bytes: int) 
     require(num_bytes == end, f"it has {num_bytes} bytes, its header describes {end}")
 
 
-def encode_header(shapes: Shapes, dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
-    """First bytes of a file with tensors of ``shapes``, all of ``dtype``; and the offset of every tensor in it.
+def encode_header(shapes: Shapes, dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, dict[str, int]]:
+    """First bytes of a file with tensors of ``shapes`` and ``dtypes``, and the offset of every tensor in it.
 
     The header is padded to a multiple of 8 bytes, so that tensors are aligned.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
     for name, shape in shapes.items():
-        begins[name], end = end, end + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+        begins[name], end = end, end + prod(shape) * dtypes[name].itemsize
+        entries[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [begins[name], end]}
     content = json.dumps(entries, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     head = len(content).to_bytes(_LENGTH_BYTES, "little") + content

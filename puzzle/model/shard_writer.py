@@ -7,7 +7,7 @@ before the first tensor comes. Files are named ``.part`` until the last tensor h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from math import prod
@@ -34,18 +34,20 @@ Job = Callable[[], None]
 class ShardWriter:
     """The weight files of one checkpoint."""
 
-    def __init__(self, directory: Path, shapes: Shapes, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, shapes: Shapes, dtypes: Mapping[str, torch.dtype], *, max_shard_bytes: int
+    ) -> None:
         """Lay out the files and write their headers."""
         self._directory = directory
         self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="shards")
-        self._num_bytes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        self._num_bytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         self.weight_map: dict[str, str] = {}
         """File of every tensor, under its final name."""
         self._offsets: dict[str, int] = {}
         shards = plan_shards(self._num_bytes, max_shard_bytes)
         for index, names in enumerate(shards, start=1):
             file = WEIGHTS_FILE if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-            head, offsets = encode_header({name: shapes[name] for name in names}, dtype)
+            head, offsets = encode_header({name: shapes[name] for name in names}, dtypes)
             self._part(file).write_bytes(head)
             self._offsets |= offsets
             self.weight_map |= dict.fromkeys(names, file)

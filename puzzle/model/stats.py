@@ -83,3 +83,11 @@ def flops_per_token(architecture: Architecture, context_tokens: int) -> int:
         flops += attention_flops_per_token(architecture, block.attention, context_tokens)
         flops += ffn_flops_per_token(architecture, block.ffn)
     return flops
+
+
+def sequence_flops(architecture: Architecture, seq_len: int) -> int:
+    """Forward FLOPs of one sequence of ``seq_len`` tokens: the sum of :func:`flops_per_token` over its positions."""
+    # They grow linearly with the position, up to the sliding window.
+    window = min(seq_len, architecture.sliding_window or seq_len)
+    first, last = flops_per_token(architecture, 1), flops_per_token(architecture, window)
+    return (first + last) * window // 2 + last * (seq_len - window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,16 +37,21 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorReader:
     """Tensors of a safetensors directory, single-file or sharded, one at a time or row by row."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> None:
         """Look into the index, or into the header of a single file; no tensor is read.
 
         A shard's header is read, and a damaged shard refused, when the first of its tensors is asked for.
+
+        Args:
+            directory: with safetensors files.
+            dtypes: those that may be asked for, by their names in the files; tensors of others are refused.
 
         Raises:
             ValueError: there is no safetensors file, a single one is damaged, the index is none, or a shard that it
                 names is missing.
         """
         self.directory = directory
+        self._dtypes = dtypes
         self._stack = ExitStack()
         self._streams: dict[str, BinaryIO] = {}
         self._headers: dict[str, dict[str, StoredTensor]] = {}
@@ -104,8 +109,9 @@ class TensorReader:
             ValueError: the weights are quantised.
         """
         stored = self._locate(name).dtype
-        require(stored in DTYPES, f"{self.directory}: {name} is stored as {stored}, not as one of {', '.join(DTYPES)}")
-        return DTYPES[stored]
+        known = ", ".join(self._dtypes)
+        require(stored in self._dtypes, f"{self.directory}: {name} is stored as {stored}, not as one of {known}")
+        return self._dtypes[stored]
 
     def read(self, name: str) -> Tensor:
         """Tensor ``name`` on the CPU, in its stored data type.

@@ -55,6 +55,9 @@ class LlamaProvider:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    def sequence_flops(self, seq_len: int) -> int:
+        raise NotImplementedError
+
     def load(self, *, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
         return LlamaForCausalLM.from_pretrained(self.directory, dtype=dtype).to(device).eval()
 

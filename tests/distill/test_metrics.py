@@ -35,6 +35,20 @@ def test_flush_gives_a_row_per_step_in_order(monkeypatch: pytest.MonkeyPatch) ->
     assert meter.flush()[0]["perf/tokens_per_s"] == 8 / 1
 
 
+@pytest.mark.parametrize(("step_s_at_peak", "expected"), [(None, None), (0.5, 2 * 0.5 / 4)])
+def test_utilization_is_logged_where_the_peak_is_known(
+    monkeypatch: pytest.MonkeyPatch, step_s_at_peak: float | None, expected: float | None
+) -> None:
+    clock = iter([0.0, 4.0, 4.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter = StepMeter(CPU, tokens_per_step=8, step_s_at_peak=step_s_at_peak)
+    for step in (1, 2):
+        meter.add({"loss": torch.tensor(1.0)}, tokens=8 * step, lr=0.25)
+    first, last = meter.flush()
+    assert "perf/mfu_frac" not in first
+    assert last.get("perf/mfu_frac") == expected
+
+
 def test_peak_memory_is_that_of_the_process() -> None:
     held = torch.ones(1 << 22)
     assert held.nbytes / 2**30 < peak_memory_gib(CPU) < 64

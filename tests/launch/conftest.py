@@ -240,6 +240,14 @@ def additivity_file() -> dict[str, Any]:
     return {"rank_correlation": 0.9, "median_ratio": 0.67, "num_children": len(rows), "num_tokens": 4096, "rows": rows}
 
 
+def tasks_done(lm_loss_gap: float) -> dict[str, Any]:
+    """Two lm-eval tasks that suffer with the loss; the parent can do only the first."""
+    kept = 1 - lm_loss_gap / 4
+    mmlu = {"metric": "acc", "value": 0.5 * kept, "stderr": 0.004, "n": 14042, "recovery_frac": kept}
+    solved = {"metric": "exact_match,strict-match", "value": 0.0, "stderr": None, "n": 1319, "recovery_frac": None}
+    return {"tasks": {"mmlu": mmlu, "gsm8k": solved}, "tasks_recovery_frac": kept}
+
+
 def evaluate_file(lm_loss: Mapping[str, float]) -> dict[str, Any]:
     def measured(name: str, loss: float, order: int, length: int) -> dict[str, float | None]:
         if length > 512 and name != "extended":
@@ -249,8 +257,10 @@ def evaluate_file(lm_loss: Mapping[str, float]) -> dict[str, Any]:
     models = {
         name: {
             "lm_loss": loss,
+            "lm_loss_gap": loss - 3.5,
             "kld": 0.9 * (loss - 3.5),
             "top1_agreement_frac": 1 - (loss - 3.5) / 2,
+            **tasks_done(loss - 3.5),
             "by_length": {str(length): measured(name, loss, n, length) for n, length in enumerate((256, 512, 1024))},
         }
         for name, loss in lm_loss.items()

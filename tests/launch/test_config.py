@@ -29,6 +29,7 @@ from launch.stage_configs import (
     ExtendContextStage,
     FuseStage,
     ImportParentStage,
+    MeasureCostsStage,
     PrepareDataStage,
     PretrainStage,
     SearchStage,
@@ -130,7 +131,7 @@ def test_stage_and_pipeline_names_are_disjoint() -> None:
             ["engine=torch_fsdp", "engine.recompute=true", "engine.offload_activations=true"],
             "engine.offload_activations=true moves the blocks' inputs to CPU memory, but to compare hidden states",
         ),
-        (["engine.name=torhc"], 'wrong value type for field "engine.name"'),
+        (["engine.name=torhc"], "engine.name=torhc is unknown; choose one of torch, deepspeed, megatron"),
         (["objective.kld=0", "objective.hidden_cosine=0"], "objective has no term"),
     ],
 )
@@ -161,6 +162,26 @@ def test_precedence_is_common_then_step_then_command_line_then_step_prefix() -> 
     assert config.objective.hidden_cosine == 0.0
     assert compose_stage(DistillStage, step_overrides(pipeline, "extended", command_line)).optim.lr == 5e-5
     assert compose_stage(DistillStage, step_overrides(pipeline, "distilled", [])).optim.lr == 1e-3
+
+
+def test_a_group_at_a_node_reaches_every_step() -> None:
+    pipeline = compose_pipeline("demo", [])
+    named = ["hardware@costs.hardware=h200_sxm"]
+    config = compose_stage(MeasureCostsStage, step_overrides(pipeline, "costs", named))
+    assert config.costs.hardware.name == "NVIDIA H200 SXM"
+    own = [*named, "steps.costs.hardware@costs.hardware=b200"]
+    config = compose_stage(MeasureCostsStage, step_overrides(pipeline, "costs", own))
+    assert config.costs.hardware.name == "NVIDIA B200"
+    # What is no node of the tree still does not reach a stage, wherever its package is.
+    assert "budget@budget=small" not in step_overrides(pipeline, "costs", ["budget@budget=small"])
+    assert run_name("demo", named) == "demo,hardware_costs.hardware=h200_sxm"
+
+
+def test_a_group_at_a_node_of_the_run_is_set_for_the_run() -> None:
+    pipeline = compose_pipeline("demo", [])
+    assert run_name("demo", ["tracking@tracking=wandb"]) == "demo"
+    with pytest.raises(ValueError, match="tracking cannot be set for one step"):
+        check_step_prefixes(pipeline, ["steps.distilled.tracking@tracking=wandb"])
 
 
 def test_pipeline_group_chooses_the_budget() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from distill.config import DataConfig, EngineConfig, SourceConfig
+from distill.config import DataConfig, EngineConfig, EvaluateConfig, SourceConfig
 from fusion.config import FuseConfig
 from launch import externals
 from launch.registry import STAGES
 from launch.stage_configs import (
     BenchmarkStage,
+    EvaluateStage,
     ImportParentStage,
     MeasureCostsStage,
     PrepareDataStage,
@@ -276,22 +277,30 @@ def test_vllm_is_known_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
         found(None)
 
 
-def test_task_scores_depend_on_lm_eval_and_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(version: str = "0.4.13", **scores: Any) -> dict[str, Any]:
+@pytest.mark.parametrize("node", ["scores", "evaluate"])
+def test_tasks_depend_on_lm_eval_and_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    monkeypatch.setattr(externals.TaskChoice, "require_known", lambda _: None)
+
+    def found(version: str = "0.4.13", **settings: Any) -> dict[str, Any]:
         monkeypatch.setattr(externals.metadata, "version", lambda name: version)
-        config = ScoreConfig(num_sequences=2, seq_len=8, **scores)
-        externals_of = STAGES["score_library"].load_externals()
-        return externals_of(ScoreLibraryStage(scores=config, engine=EngineConfig()))  # type: ignore[misc]
+        if node == "scores":
+            scores = ScoreConfig(num_sequences=2, seq_len=8, **settings)
+            config: Any = ScoreLibraryStage(scores=scores, engine=EngineConfig())
+        else:
+            evaluate = EvaluateConfig(num_sequences=2, seq_len=8, **settings)
+            config = EvaluateStage(evaluate=evaluate, engine=EngineConfig(), seed=0)
+        externals_of = STAGES["score_library" if node == "scores" else node].load_externals()
+        return externals_of(config)  # type: ignore[misc]
 
     assert found() == found(task_dir="unused") == {}
-    assert found(tasks=("arc",)) == {"lm_eval": "0.4.13"} != found("0.4.14", tasks=("arc",))
+    assert found(tasks=("arc",)) == {"lm_eval": "0.4.13", "fewshot_seed": 1234} != found("0.4.14", tasks=("arc",))
     own = {"tasks": ("mine",), "task_dir": str(tmp_path)}
     (tmp_path / "mine.yaml").write_text("task: mine")
     before = found(**own)
-    assert set(before) == {"lm_eval", "task_dir"}
+    assert set(before) == {"lm_eval", "fewshot_seed", "task_dir"}
     (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
     assert found(**own) != before
-    with pytest.raises(ValueError, match=r"scores\.task_dir=/no/tasks does not exist"):
+    with pytest.raises(ValueError, match=rf"{node}\.task_dir=/no/tasks does not exist"):
         found(tasks=("mine",), task_dir="/no/tasks")
 
 

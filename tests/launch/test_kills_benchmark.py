@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -59,6 +62,66 @@ def test_moments_are_dealt_over_the_time_of_a_step_and_follow_from_the_seed(
     assert [int(fraction * len(fractions)) for fraction in fractions] == list(range(len(fractions)))
     assert kills.deal(steps, 50, seed=0) == cases
     assert kills.deal(steps, 50, seed=1) != cases
+
+
+class EndedLaunch:
+    """A command that ends at once, well."""
+
+    seconds = 1.5
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> int:
+        return 0
+
+    def bars(self) -> list[object]:
+        return []
+
+
+def test_a_kill_says_when_it_struck_and_how_often_it_was_tried(
+    kills: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, moments = kills.Bench(tmp_path, "demo", []), []
+
+    def strikes_at_a_fifth(_: object, moment: Any, *__: object, **___: object) -> bool:
+        moments.append(moment.fraction)
+        return moment.fraction <= 0.2
+
+    monkeypatch.setattr(kills, "Launch", EndedLaunch)
+    monkeypatch.setattr(kills, "kill_at", strikes_at_a_fifth)
+    monkeypatch.setattr(bench, "_copy_inputs", lambda root, _: root.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(bench, "_unequal", lambda *_: ["search/solution.json"])
+    case = kills.Case(number=7, step="search", moment=kills.Moment(kind="anywhere", fraction=0.7))
+    kill = bench.kill(case, step_s=1.0)
+    assert moments == [0.7, 0.35, 0.175]
+    assert (kill.dealt_fraction, kill.fraction, kill.tries) == (0.7, 0.175, 3)
+    case = kills.Case(number=8, step="search", moment=kills.Moment(kind="commit", fraction=0.1))
+    kill = bench.kill(case, step_s=1.0)
+    assert (kill.dealt_fraction, kill.fraction, kill.tries) == (0.1, 0.1, 1)
+    monkeypatch.setattr(kills, "kill_at", lambda *_, **__: False)
+    with pytest.raises(SystemExit, match="step search ended before it could be killed"):
+        bench.kill(case, step_s=1.0)
+
+
+def test_the_table_has_tries_and_moments_and_findings_are_read_again(kills: ModuleType, tmp_path: Path) -> None:
+    shared = {"finished": True, "damaged": [], "unequal": [], "leftovers": [], "left": [], "restarts": 1}
+    shared |= {"killed_after_s": 2.0, "restart_s": 3.0}
+    found = [
+        kills.Kill(number=0, step="a", kind="anywhere", dealt_fraction=0.8, fraction=0.2, tries=3, **shared),
+        kills.Kill(number=1, step="a", kind="commit", dealt_fraction=0.5, fraction=0.5, tries=1, **shared),
+    ]
+    results = sys.modules["kill_results"]
+    findings = results.Findings(seconds={"a": 4.0, "b": 1.0}, kills=found)
+    head, rule, *rows = results.table(["a", "b"], findings).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (head, rule, *rows[:3])]
+    assert {len(row) for row in cells} == {10}
+    assert cells[0][:5] == ["step", "s", "kills", "tries", "moments"]
+    assert cells[2][:7] == ["a", "4.0", "2", "4", "0.20 to 0.50", "0", "1"]
+    assert cells[3][:5] == ["b", "1.0", "0", "0", ""]
+    assert cells[4][:5] == ["all", "5.0", "2", "4", "0.20 to 0.50"]
+    (tmp_path / "kills.json").write_text(json.dumps(asdict(findings)))
+    assert results.read_findings(tmp_path) == findings
 
 
 def _bar(desc: str, count: str) -> str:

@@ -50,6 +50,7 @@ def test_every_figure_and_section_is_there(page: str) -> None:
         "Models",
         "What became of every block",
         "Recovery with tokens",
+        "Tasks",
         "By context length",
         "Can blocks run side by side?",
         "Scores and searches",

@@ -160,6 +160,35 @@ def test_a_batch_that_cannot_be_dealt_is_a_problem() -> None:
     assert "distill.batch_size=4 cannot be dealt evenly over 8 data ranks" in step.problem
 
 
+def test_disk_follows_the_resume_points_that_stay() -> None:
+    def points(*overrides: str) -> float:
+        return planned(*SLURM, *DISTILL, *overrides)["distilled"].resume_gib
+
+    two = points()
+    assert points("steps.distilled.distill.resume_points.newest=5") == pytest.approx(2 * two)
+    # Of ten points, when the last is written: numbers 4, 8 and 9.
+    assert points("steps.distilled.distill.resume_points.every=4") == pytest.approx(two / 3 * 4)
+
+
+def test_finished_phases_keep_their_points() -> None:
+    phase = rows(plan_pipeline("demo", []))["extended phase 1"]
+    distilled = rows(plan_pipeline("demo", []))["distilled"]
+    # Two phases: the first one's two points and its fp32 model beside the three of the second.
+    assert phase.resume_gib == pytest.approx(distilled.resume_gib / 36 * (12 * 5 + 4))
+
+
+def test_a_copy_that_cpu_memory_lacks_is_a_problem_and_can_be_left_out() -> None:
+    small = "cluster.cpu_memory_gib=64"
+    step = planned(*SLURM, *DISTILL, small)["distilled"]
+    assert step.problem is not None
+    assert "GiB of CPU memory per node (of each process: resume point's copy" in step.problem
+    advice = step.problem.rpartition("the nearest that fits: ")[2]
+    assert advice == "distill.resume_points.background=false"
+    repaired = planned(*SLURM, *DISTILL, small, f"steps.distilled.{advice}")["distilled"]
+    assert repaired.problem is None
+    assert repaired.host_bytes == {}
+
+
 def test_a_save_that_takes_longer_than_the_signal_is_a_problem() -> None:
     step = planned(*SLURM, *DISTILL, "cluster.signal_seconds=20")["distilled"]
     assert step.problem is not None

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distill import chunked_head, memory
-from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, ResumePointsConfig
+from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, ResumePointsConfig, TrainConfig
 from distill.data.batch import Batch
+from distill.engine import torch_state
 from distill.engine.setup import TrainingSetup
 from distill.engine.torch_engine import TorchEngine
 from launch import plan_demands, plan_heads, plan_memory
@@ -23,7 +24,7 @@ from launch.plan_heads import chunk_rows, head_bytes
 from launch.plan_megatron import megatron_memory, stage_params, stage_plan
 from launch.plan_memory import Step, training_memory
 from launch.plan_models import known_architecture
-from launch.plan_state import State, student_state, teacher_bytes
+from launch.plan_state import State, point_bytes, student_state, teacher_bytes
 from launch.plan_time import Rates, step_flops, step_time
 from puzzle import bld
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
@@ -49,7 +50,6 @@ def test_constants_are_those_of_the_engines() -> None:
     assert chunked_head.CHUNK_BYTES["cuda"] == plan_heads.CHUNK_BYTES
     assert memory.PIECE_BYTES == plan_memory.PIECE_BYTES
     assert bld.TRAINING_BYTES_PER_PARAM == plan_demands.TRAINEE_BYTES
-    assert ResumePointsConfig().newest + 1 == plan_demands.POINTS_ON_DISK
 
 
 def saved_bytes(model: nn.Module, mode: str) -> int:
@@ -131,6 +131,20 @@ def test_state_is_what_the_torch_engine_holds(
     assert teacher_bytes(heterogeneous_architecture, engine, 1) == sum(bytes_of(p) for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_resume_point_is_copied_with_the_planned_bytes(
+    directory: Path, heterogeneous_architecture: Architecture, shard: bool
+) -> None:
+    engine = EngineConfig(device="cpu", shard=shard)
+    setup = TrainingSetup(student=DirectoryProvider(directory), teacher=None, objective=LM)
+    runner = TorchEngine(setup, optim=OptimConfig(lr=1e-3), engine=engine, batch_size=2, seq_len=16)
+    state = torch_state.snapshot(runner.student, runner._optimizer, runner.device)
+    counts = [name for name, tensor in state.tensors.items() if tensor.numel() == 1]
+    copied = sum(bytes_of(tensor) for name, tensor in state.tensors.items() if name not in counts)
+    assert all("step" in name for name in counts)
+    assert copied == point_bytes(heterogeneous_architecture, 1) == 12 * num_params(heterogeneous_architecture)
+
+
 def bytes_of(tensor: Tensor) -> int:
     """Of all elements, also of a tensor that is dealt over one rank."""
     return tensor.numel() * tensor.element_size()
@@ -208,6 +222,77 @@ def test_offloaded_inputs_of_blocks_are_on_the_host(pico_architecture: Architect
     assert training_memory(step).host == {"activations": 4 * 32 * 2**20}
 
 
+@pytest.mark.parametrize("engine", [{}, {"shard": True}, {"name": "deepspeed"}], ids=str)
+def test_the_ranks_share_the_copy_of_a_resume_point(pico_architecture: Architecture, engine: dict[str, object]) -> None:
+    step = replace(step_on(pico_architecture, **engine), num_ranks=4, batch_size=4)
+    beside = replace(step, background_points=True)
+    assert training_memory(step).host == {}
+    assert training_memory(beside).host == {"resume point's copy": 12 * num_params(pico_architecture) / 4}
+    assert training_memory(beside).total == training_memory(step).total
+
+
+def test_on_a_cpu_the_copy_lies_beside_the_model(pico_architecture: Architecture) -> None:
+    step = step_on(pico_architecture, device="cpu")
+    beside = training_memory(replace(step, background_points=True))
+    assert beside.host == {}
+    assert beside.total == training_memory(step).total + 12 * num_params(pico_architecture)
+
+
+def test_a_megatron_rank_copies_its_part_of_the_stage_with_the_most_parameters(pico_architecture: Architecture) -> None:
+    step = step_on(pico_architecture, name="megatron", tensor_parallel=2, pipeline_parallel=2)
+    beside = megatron_memory(replace(step, num_ranks=8, batch_size=8, background_points=True))
+    # Two of the four blocks and the final norm, and the tied table, on two tensor and two data ranks.
+    blocks = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 512 * 64 + 2 * 64)
+    assert beside.host == {"resume point's copy": 12 * (blocks + 320 * 64 + 64) / 4}
+
+
+def test_cpu_memory_that_lacks_for_the_copy_is_named_with_the_way_out() -> None:
+    model = known_architecture("llama-3.1-8b")
+    assert model is not None
+    step = step_on(model, shard=True, recompute=True, micro_batch_tokens=8192)
+    step = replace(step, num_ranks=8, batch_size=8, background_points=True)
+    # 8.03e9 parameters of 12 bytes: 90 GiB on the one node.
+    limits = replace(GPU, host_bytes=80 * 2**30)
+    assert fits(step, step_memory(step), GPU)
+    assert not fits(step, step_memory(step), limits)
+    assert nearest_fit(step, limits, node="distill") == "distill.resume_points.background=false"
+    node = "extend_context.phases.1"
+    assert nearest_fit(step, limits, node=node) == "extend_context.resume_points.background=false"
+    # Over two nodes each has half.
+    assert fits(replace(step, num_ranks=16, batch_size=16), step_memory(replace(step, num_ranks=16)), limits)
+
+
+def train_config(*, newest: int = 2, every: int = 0, resume_every_tokens: int = 0) -> TrainConfig:
+    """100 steps of 32 tokens."""
+    points = ResumePointsConfig(newest=newest, every=every)
+    return TrainConfig(
+        max_tokens=3200, seq_len=16, batch_size=2, resume_points=points, resume_every_tokens=resume_every_tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        ({}, 3),
+        ({"newest": 1}, 2),
+        ({"newest": 4}, 5),
+        # Of ten, when the last is written: numbers 3 and 6, and the newest two, 8 and 9.
+        ({"every": 3}, 5),
+        # Numbers 1 to 9, of which the newest are two.
+        ({"every": 1}, 10),
+        # One point, at the end.
+        ({"resume_every_tokens": 3200}, 1),
+        # After steps 63 and 100.
+        ({"resume_every_tokens": 2000}, 2),
+        # At every step.
+        ({"resume_every_tokens": 5, "newest": 200}, 100),
+    ],
+    ids=str,
+)
+def test_points_on_disk_follow_the_retention(settings: dict[str, int], points: int) -> None:
+    assert plan_demands.points_on_disk(train_config(**settings)) == points
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_hold_the_parameters_of_their_tensors(heterogeneous_architecture: Architecture, stages: int) -> None:
     step = step_on(heterogeneous_architecture, name="megatron", pipeline_parallel=stages)
@@ -245,7 +330,8 @@ def test_stages_keep_activations_of_fewer_micro_batches_the_later_they_are(pico_
 def test_time_by_hand(pico_architecture: Architecture) -> None:
     step = step_on(pico_architecture)
     matrices = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 512 * 64) + 320 * 64
-    per_token = 2 * matrices + 4 * 4 * 64 * 4096
+    # Tokens attend to 1 to 8,192 tokens.
+    per_token = 2 * matrices + 4 * 4 * 64 * 8193 / 2
     assert step_flops(step) == 3 * per_token * 8192
     again = step_on(pico_architecture, recompute=True)
     assert step_flops(again) == (4 * per_token - 2 * 320 * 64) * 8192

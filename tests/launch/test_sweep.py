@@ -13,6 +13,8 @@ import pytest
 
 from launch import preemption
 from launch.__main__ import main
+from launch.report_command import _place_of
+from launch.rundir import RunDirectory
 from launch.sweep import Sweep, is_sweep
 from tests.launch.pico_sweep import pico_overrides
 
@@ -137,6 +139,35 @@ def test_page_over_named_runs_says_the_same(root: Path, runs: dict[str, Any], ca
     assert f"report: {directory / 'index.html'}" in capsys.readouterr().out
     assert main(["report", *reversed(paths)]) == 0
     assert len(list(root.glob("comparison-*"))) == 1, "the name is that of the set"
+
+
+def test_runs_that_were_moved_have_their_page_where_it_was(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = finished(root)
+    assert main(["report", *map(str, paths)]) == 0
+    (page,) = root.glob("comparison-*")
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved, symlinks=True)
+    again = [str(moved / path.relative_to(root)) for path in paths]
+    assert main(["report", *again]) == 0
+    assert [path.name for path in moved.glob("comparison-*")] == [page.name]
+    assert f"report: {moved / page.name / 'index.html'}" in capsys.readouterr().out
+    assert main(["report", *again, "--out", str(tmp_path / "page")]) == 0
+    assert (tmp_path / "page" / "index.html").is_file()
+    assert len(list(moved.glob("comparison-*"))) == 1
+
+
+def test_the_page_of_other_runs_lies_elsewhere(tmp_path: Path) -> None:
+    def place(*names: str, root: Path = tmp_path) -> Path:
+        return _place_of([RunDirectory(root=root / name.rpartition("/")[0], name=Path(name).name) for name in names])
+
+    assert place("a", "b") == place("b", "a")
+    assert place("a", "b") != place("a", "c")
+    # Of the same names in other directories.
+    assert place("x/a", "y/a") == tmp_path / place("x/a", "y/a").name
+    assert place("x/a", "y/a").name != place("x/a", "z/a").name
+    assert place("a", "b", root=tmp_path / "x").name == place("a", "b").name
 
 
 def test_page_over_a_sweep_is_made_again(root: Path, runs: dict[str, Any], tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_mfu_is_of_a_known_peak_or_left_out_with_a_note(
     throughput: ModuleType, device: str, precision: str, has_peak: bool
 ) -> None:
     outcome = throughput.Outcome(step_s=(1.0,), losses=(2.0,), device=device)
-    row = throughput.make_row("torch", 1, outcome, flops=98.94e12, tokens=10, precision=precision)
+    row = throughput.make_row(
+        "torch", 1, outcome, flops=98.94e12, tokens=10, engine=throughput.EngineConfig(precision=precision)
+    )
     text = throughput.markdown([row], {"precision": precision})
     assert row.mfu_frac == (pytest.approx(0.1) if has_peak else None)
     assert (f"No MFU: no dense peak in {precision} is known of {device}." in text) != has_peak

@@ -30,6 +30,7 @@ from distill.context_phases import ExtendContextConfig, PhaseConfig
 from distill.data.batch import IGNORE_INDEX, Batch
 from distill.data.dataset import Batches, TokenDataset, TokenSplit
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
+from distill.engine.setup import TrainingSetup
 from distill.teacher_cache import TeacherCacheConfig
 from launch import training
 from launch.artifact import Artifact
@@ -39,6 +40,8 @@ from launch.stages import cache_teacher, distill, extend_context, pretrain
 from puzzle.config import PretrainConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
+from puzzle.model.provider import DirectoryProvider
+from puzzle.model.stats import flops_per_token
 from tests.launch.training_inputs import commit_artifact, write_data, write_student, write_teacher
 
 OPTIM = OptimConfig(lr=5e-4)
@@ -182,6 +185,51 @@ def test_distill_recovers(inputs: dict[str, Artifact], context: StageContext) ->
     assert result.tokens == 1280
     # The recovery curve goes on where the student's distillation left off; other training does not count.
     assert [row["tokens"] for row in _curve(context) if "eval/kld" in row] == [100, 612, 1124, 1380]
+
+
+def test_utilization_is_of_a_stated_peak_and_left_out_without_one(
+    inputs: dict[str, Artifact], context: StageContext, tmp_path: Path
+) -> None:
+    peak = 1e12
+    distill.run(DISTILL, inputs, context)
+    assert not any("perf/mfu_frac" in row for row in _curve(context))
+    stated = _context(tmp_path / "stated")
+    distill.run(replace(DISTILL, engine=replace(DISTILL.engine, peak_flops_per_s=peak)), inputs, stated)
+    assert _weights_sha256(stated) == _weights_sha256(context)
+    student, teacher = (read_architecture(inputs[role].path) for role in ("student", "teacher"))
+    seq_len = DISTILL.distill.seq_len
+    positions = range(1, seq_len + 1)
+    flops = sum(3 * flops_per_token(student, n) + flops_per_token(teacher, n) for n in positions)
+    rows = [row for row in _curve(stated) if "perf/tokens_per_s" in row]
+    assert rows
+    for row in rows:
+        assert row["perf/mfu_frac"] == pytest.approx(row["perf/tokens_per_s"] * flops / seq_len / peak)
+
+
+@pytest.mark.parametrize(
+    ("engine", "objective", "teacher_counts"),
+    [
+        ({}, {"kld": 1.0}, True),
+        ({}, {"lm": 1.0}, False),
+        # That device is not among those whose peak counts.
+        ({"teacher_device": "cpu"}, {"kld": 1.0}, False),
+    ],
+)
+def test_the_teacher_counts_where_it_runs_on_the_same_devices(
+    inputs: dict[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: dict[str, str],
+    objective: dict[str, float],
+    teacher_counts: bool,
+) -> None:
+    student, teacher = (DirectoryProvider(inputs[role].path) for role in ("student", "teacher"))
+    setup = TrainingSetup(student=student, objective=ObjectiveConfig(**objective), teacher=teacher)
+    config = EngineConfig(device="cpu", peak_flops_per_s=1e9, **engine)  # type: ignore[arg-type]
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 4)
+    budget = DISTILL.distill
+    flops = 3 * student.sequence_flops(budget.seq_len) + teacher_counts * teacher.sequence_flops(budget.seq_len)
+    seconds = training._step_s_at_peak(setup, budget, config, torch.device("cpu"))
+    assert seconds == pytest.approx(flops * budget.batch_size / 4e9)
 
 
 def test_distill_keeps_the_architecture_and_data_type_of_the_student(

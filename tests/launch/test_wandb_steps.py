@@ -16,12 +16,13 @@ import pytest
 from distill import wandb_run
 from distill.config import TrackingConfig
 from launch import pipeline as pipeline_module
-from launch import preemption
+from launch import preemption, wandb_steps
 from launch.__main__ import main
 from launch.artifact import Artifact
 from launch.config import compose_pipeline
 from launch.pipeline import Listener, PlannedStep, plan, run_steps
 from launch.rundir import RunDirectory
+from launch.single_step import run_step
 from launch.stage import StageContext
 from launch.store import Store
 from tests.wandb_files import OfflineRun, read_runs
@@ -238,6 +239,90 @@ def test_a_second_run_says_nothing_again_and_another_group_sees_the_same(tracked
     curve = [row["train/loss"] for row in parent.history if "train/loss" in row]
     assert curve == [row["train/loss"] for row in first.history if "train/loss" in row]
     assert again["parent"].manifest.fingerprint == tracked.artifacts["parent"].manifest.fingerprint
+
+
+def alone(root: Path, planned: list[PlannedStep], step: str, *, wandb: str, name: str) -> None:
+    """One step as a job of a cluster runs it."""
+    run = RunDirectory(root=root, name=name)
+    run.path.mkdir(exist_ok=True)
+    store, tracking = Store(run.store), TrackingConfig(wandb=wandb)  # type: ignore[arg-type]
+    context = StageContext(
+        out=run.path,
+        resume=run.path,
+        pool=store.pool,
+        run_name=name,
+        step_name="",
+        tracking=tracking,
+        run_dir=run.path,
+    )
+    silent = Listener(started=lambda *_: None, waiting=lambda _: None, finished=lambda *_: None)
+    run_step(planned, step, store=store, run=run, context=context, listener=silent)
+
+
+def test_a_job_whose_step_is_committed_shows_it_once(tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module.processes, "run_body", lambda *_: pytest.fail("it is there"))
+    alone(tracked.root, tracked.steps, "parent", wandb="off", name="jobs")
+    assert not [*(tracked.root / "jobs").glob("*wandb*")]
+    for _ in range(2):
+        alone(tracked.root, tracked.steps, "parent", wandb="offline", name="jobs")
+    (run,) = read_runs(tracked.root / "jobs")
+    first = tracked.runs["parent"]
+    assert (run.name, run.group, run.job_type, run.exit_code) == ("jobs/parent", "jobs", "pretrain", 0)
+    assert [row["_step"] for row in run.history] == [row["_step"] for row in first.history]
+    assert [row.get("train/loss") for row in run.history] == [row.get("train/loss") for row in first.history]
+    assert run.outputs["pretrain"].digest == first.outputs["pretrain"].digest
+    assert {(found.name, found.digest) for found in run.inputs.values()} == {
+        (found.name, found.digest) for found in first.inputs.values()
+    }
+    assert run.summary["result/headline"] == tracked.artifacts["parent"].manifest.headline
+    assert run.config["step"]["fingerprint"] == tracked.artifacts["parent"].manifest.fingerprint
+
+
+def test_a_job_that_was_killed_behind_its_commit_shows_the_step_when_it_starts_again(
+    tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = steps("data.train_tokens=5500")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb_steps._Step, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            alone(tracked.root, changed, "data", wandb="offline", name="cut")
+    (first,) = read_runs(tracked.root / "cut")
+    assert first.outputs == {}
+    first.directory.rename(first.directory.with_name("offline-run-00000000_000000-cut"))
+    alone(tracked.root, changed, "data", wandb="offline", name="cut")
+    before, after = read_runs(tracked.root / "cut")
+    assert before.id == after.id
+    assert after.outputs.keys() == {"prepare_data"}
+    assert after.exit_code == 0
+
+
+def test_submission_shows_the_steps_that_need_no_job(
+    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "site.yaml").write_text("partition: gpu\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("FUSION_SITE", str(tmp_path / "site.yaml"))
+    places = [f"run.root={tracked.root}", "run.name=submitted", "cluster=slurm", "cluster.gpus_per_node=1"]
+    command = ["demo", *PICO, *places, "tracking.wandb=offline"]
+    assert main([*command, "--dry-run"]) == 0
+    assert not (tracked.root / "submitted").exists()
+    assert main(command) == 0
+    shown = {run.name.partition("/")[2]: run for run in read_runs(tracked.root / "submitted")}
+    jobs = {path.stem for path in (tracked.root / "submitted" / "slurm").glob("*.sbatch")}
+    # The reference was made without a longer context, and what depends on it.
+    assert jobs >= {WITHOUT, "evaluation", "exported"}
+    assert shown.keys() == {step.name for step in tracked.steps} - jobs
+    for name, run in shown.items():
+        assert (run.group, run.exit_code) == ("submitted", 0)
+        assert [record.digest for record in run.outputs.values()] == [
+            record.digest for record in tracked.runs[name].outputs.values()
+        ]
 
 
 def attempts(root: Path, name: str) -> list[OfflineRun]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -19,38 +18,12 @@ from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.slices import ParentSlice
 from puzzle.tables import ScoreRow, ScoreTable
 from puzzle.task_scores import add_task_scores
-
-WORDS = ("block", "replacement", "search", "member", "parent", "library", "fused", "holds")
-EXAMPLES = [
-    {"text": f"The {word} {other}", "choices": ["reads", "blocks", "adds up", "may"], "label": number % 4}
-    for number, (word, other) in enumerate((a, b) for a in WORDS for b in WORDS)
-]
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: {output_type}
-doc_to_text: text
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{{metric: {metric}}}]
-"""
+from tests.lm_eval_files import EXAMPLES, right_answers, write_tasks
 
 
 @pytest.fixture
 def task_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "tasks"
-    directory.mkdir()
-    file = directory / "examples.jsonl"
-    file.write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
-    for name, output_type, metric in (
-        ("four_words", "multiple_choice", "acc"),
-        ("written", "generate_until", "exact_match"),
-    ):
-        text = TASK.format(name=name, file=file, output_type=output_type, metric=metric)
-        (directory / f"{name}.yaml").write_text(text)
-    return directory
+    return write_tasks(tmp_path / "tasks")
 
 
 @pytest.fixture
@@ -77,21 +50,6 @@ def config(task_dir: Path | None, *tasks: str) -> ScoreConfig:
 
 def nothing_replaced(_: int, __: BlockConfig) -> dict[str, Tensor]:
     return {}
-
-
-@torch.no_grad()
-def right_answers(model: DeciLMForCausalLM, directory: Path) -> list[float]:
-    """1 where the right choice is the likeliest, by plain sums of log-probabilities."""
-    tokenizer = load_tokenizer(directory)
-    right = []
-    for example in EXAMPLES:
-        likelihoods = []
-        for choice in example["choices"]:
-            prompt, whole = (tokenizer(text)["input_ids"] for text in (example["text"], f"{example['text']} {choice}"))
-            log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            likelihoods.append(sum(log_p[i - 1, whole[i]].item() for i in range(len(prompt), len(whole))))
-        right.append(float(max(range(4), key=likelihoods.__getitem__) == example["label"]))
-    return right
 
 
 @pytest.mark.slow  # needs lm-eval
@@ -169,9 +127,9 @@ def test_without_lm_eval_the_error_says_what_to_install(
     pico_architecture: Architecture,
     variants: list[list[BlockConfig]],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(ValueError, match=r"needs the package lm-eval .*pip install 'lm-eval>=0\.4\.13'"):
+    for module in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"needs the package lm-eval .*pip install 'lm-eval\[hf\]>=0\.4\.13'"):
         add_task_scores(
             scores_of(variants),
             ParentSlice.whole(lively_parent),

@@ -13,11 +13,14 @@ import transformers
 
 
 @torch.no_grad()
-def read(path: str, prompt: list[int], num_tokens: int) -> tuple[list[int], np.ndarray]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
+def read(path: str, prompt: list[int], num_tokens: int, dequantize: bool) -> tuple[list[int], np.ndarray]:
+    settings = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, dtype=torch.float32, **settings
+    )
     ids = torch.tensor([prompt])
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
-    tokens = model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))
+    generation = transformers.GenerationConfig(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
+    tokens = model.generate(ids, generation_config=generation, attention_mask=torch.ones_like(ids))
     return tokens[0, len(prompt) :].tolist(), model(ids).logits[0].log_softmax(-1).numpy()
 
 
@@ -25,7 +28,7 @@ def main() -> None:
     assert importlib.util.find_spec("puzzle") is None, "this environment has the project itself"
     job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, path in job["models"].items():
-        tokens, logprobs = read(path, job["prompt"], job["num_tokens"])
+        tokens, logprobs = read(path, job["prompt"], job["num_tokens"], job["dequantize"])
         np.savez(out / f"{name}.npz", tokens=tokens, logprobs=logprobs)
     (out / "version.txt").write_text(f"transformers {transformers.__version__}")
 

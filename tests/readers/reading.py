@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
 from launch.stage import StageContext
 from launch.stage_configs import ExportStage
@@ -21,7 +22,7 @@ from launch.stages import export
 from puzzle.config import ExportConfig
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.compatibility import report
-from puzzle.model.targets import Target
+from puzzle.model.targets import Quantization, Target
 
 ROOT = Path(__file__).parents[2]
 READ: tuple[Target, ...] = ("transformers", "vllm", "llama_cpp", "mlx", "megatron")
@@ -57,9 +58,12 @@ class Session:
     readings: dict[str, Reading]
 
 
-@torch.no_grad()
 def our_reading(model_dir: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> Reading:
-    model = load_model(model_dir, dtype=torch.float32)
+    return reading_of(load_model(model_dir, dtype=torch.float32), prompt, num_tokens)
+
+
+@torch.no_grad()
+def reading_of(model: nn.Module, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> Reading:
     ids = torch.tensor([list(prompt)])
     logprobs = model(ids).logits[0].log_softmax(-1).numpy()
     for _ in range(num_tokens):
@@ -75,10 +79,12 @@ def python_of(target: Target) -> Path | None:
     return path if path.exists() else None
 
 
-def run_export(targets: tuple[Target, ...], model_dir: Path, out: Path) -> dict[Target, Path]:
+def run_export(
+    targets: tuple[Target, ...], model_dir: Path, out: Path, quantization: Quantization = "none"
+) -> dict[Target, Path]:
     """Run the stage, and give what every target loads."""
     context = StageContext(out=out, resume=out, pool=out, run_name="run", step_name="export")
-    stage = ExportStage(export=ExportConfig(targets=targets))
+    stage = ExportStage(export=ExportConfig(targets=targets, quantization=quantization))
     result = export.run(stage, {"model": SimpleNamespace(path=model_dir)}, context)  # type: ignore[dict-item]
     return {target: out / path for target, path in result.metrics["paths"].items()}
 
@@ -87,15 +93,30 @@ def run_reader(
     target: Target, model_dirs: Mapping[str, Path], work: Path, *, prompt: Sequence[int], num_tokens: int = NUM_TOKENS
 ) -> Session:
     """What ``target``, whose reader is installed, makes of every model that it can load, all in one process."""
+    loadable = [name for name, path in model_dirs.items() if _status(target, path) != "cannot"]
+    models = {
+        name: run_export((target,), model_dirs[name], work / f"export_{number}")[target]
+        for number, name in enumerate(loadable)
+    }
+    return read_exports(target, models, work, prompt=prompt, num_tokens=num_tokens)
+
+
+def read_exports(
+    target: Target,
+    exports: Mapping[str, Path],
+    work: Path,
+    *,
+    prompt: Sequence[int],
+    num_tokens: int = NUM_TOKENS,
+    dequantize: bool = False,
+) -> Session:
+    """What ``target``, whose reader is installed, makes of ``exports``; with ``dequantize`` told to do so."""
     python = python_of(target)
     assert python is not None
-    work.mkdir(parents=True)
-    loadable = [name for name, path in model_dirs.items() if _status(target, path) != "cannot"]
-    short = {name: f"model_{number}" for number, name in enumerate(loadable)}
-    models = {
-        short[name]: str(run_export((target,), model_dirs[name], work / short[name])[target]) for name in loadable
-    }
-    job = {"models": models, "prompt": list(prompt), "num_tokens": num_tokens, "texts": TEXTS}
+    work.mkdir(parents=True, exist_ok=True)
+    short = {name: f"model_{number}" for number, name in enumerate(exports)}
+    models = {short[name]: str(path) for name, path in exports.items()}
+    job = {"models": models, "prompt": list(prompt), "num_tokens": num_tokens, "texts": TEXTS, "dequantize": dequantize}
     (work / "job.json").write_text(json.dumps(job))
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf")}
@@ -104,7 +125,7 @@ def run_reader(
         [python, "-I", script, work / "job.json", work], env=environment, cwd=work, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{target} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    readings = {name: _reading(work, short[name]) for name in loadable}
+    readings = {name: _reading(work, short[name]) for name in exports}
     return Session(version=(work / "version.txt").read_text(), readings=readings)
 
 

@@ -74,6 +74,15 @@ def test_sliding_window_bounds_attention_flops(pico_architecture: Architecture) 
     assert stats.flops_per_token(windowed, 256) == stats.flops_per_token(pico_architecture, 16)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 64])
+def test_flops_of_a_sequence_are_the_sum_over_its_positions(
+    heterogeneous_architecture: Architecture, window: int | None
+) -> None:
+    architecture = replace(heterogeneous_architecture, sliding_window=window)
+    counted = sum(stats.flops_per_token(architecture, position) for position in range(1, 8))
+    assert stats.sequence_flops(architecture, 7) == counted
+
+
 def test_published_parameter_counts() -> None:
     assert stats.num_params(llama(32, 4096, 32, 14_336)) == 8_030_261_248
     assert stats.num_params(llama(80, 8192, 64, 28_672)) == 70_553_706_496
