@@ -168,13 +168,18 @@ def trial_of(
     )
 
 
-def tails(named: Sequence[Named], set_on: Sequence[str]) -> Iterator[Trial]:
+def tails(named: Sequence[Named], set_on: Sequence[str], refused: list[str]) -> Iterator[Trial]:
+    """The first parts of every curve; why one has no forecast goes to ``refused``."""
     for item in named:
         for frac in FRACS:
             num_points = round(frac * (len(item.curve.values) - 1)) + 1
-            if num_points >= MIN_POINTS:
-                seen = item.curve.first(num_points)
+            if num_points < MIN_POINTS:
+                continue
+            seen = item.curve.first(num_points)
+            try:
                 yield trial_of(item, seen, seen_frac=frac, tail=True, end=item.curve, set_on=item.name in set_on)
+            except ValueError as error:
+                refused.append(f"{item.name}, {seen.metric}, {frac:.0%}: {error}")
 
 
 def longer_runs(named: Sequence[Named], set_on: Sequence[str]) -> Iterator[Trial]:
@@ -253,12 +258,14 @@ def main() -> None:
     parser.add_argument("--set-on", nargs="*", default=[])
     options = parser.parse_args()
     named = [item for argument in options.curves for item in read_curves(argument)]
-    tail, longer = [*tails(named, options.set_on)], [*longer_runs(named, options.set_on)]
+    refused: list[str] = []
+    tail, longer = [*tails(named, options.set_on, refused)], [*longer_runs(named, options.set_on)]
     options.out.mkdir(parents=True, exist_ok=True)
     document = {
         "provenance": provenance(seed=0),
         "level": LEVEL,
         "tails": [asdict(trial) for trial in tail],
+        "refused": refused,
         "longer_runs": [asdict(trial) for trial in longer],
         "curves": [
             {
@@ -291,6 +298,7 @@ def main() -> None:
         "Every curve:",
         "",
         *each(tail),
+        *(["", "No forecast:", "", *(f"- {reason}" for reason in refused)] if refused else []),
     ]
     (options.out / "forecast.md").write_text("\n".join(said) + "\n")
     print("\n".join(said))

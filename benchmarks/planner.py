@@ -36,7 +36,8 @@ class Setting:
 
     student: str = "dense"
     """A key of :func:`shapes`."""
-    teacher: bool = False
+    teacher: str | None = None
+    """Another one; None: no teacher."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Fields of EngineConfig beyond precision and device."""
     objective: dict[str, float] = field(default_factory=lambda: {"lm": 1.0})
@@ -52,9 +53,9 @@ ZERO3 = {"name": "deepspeed", "zero_stage": 3}
 
 SETTINGS: dict[str, Setting] = {
     "torch": Setting(engine={"micro_batch_tokens": 4096}),
-    "torch_kd": Setting(student="fused", teacher=True, objective=KD, seq_len=8192, sequences=1),
+    "torch_kd": Setting(student="fused", teacher="teacher", objective=KD, seq_len=8192, sequences=1),
     "torch_kd_recompute": Setting(
-        teacher=True, objective=KD, engine={"recompute": True, "micro_batch_tokens": 8192}, seq_len=8192
+        teacher="teacher", objective=KD, engine={"recompute": True, "micro_batch_tokens": 8192}, seq_len=8192
     ),
     "fsdp": Setting(student="fused", engine={"shard": True}, seq_len=8192, sequences=1),
     "offload_tiles": Setting(
@@ -68,23 +69,32 @@ SETTINGS: dict[str, Setting] = {
         seq_len=32_768,
         sequences=1,
     ),
-    "zero2_kd": Setting(teacher=True, objective=KD, engine={**ZERO2, "recompute": True, "micro_batch_tokens": 4096}),
+    "zero2_kd": Setting(
+        teacher="teacher", objective=KD, engine={**ZERO2, "recompute": True, "micro_batch_tokens": 4096}
+    ),
     "zero3": Setting(student="fused", engine={**ZERO3, "recompute": True}, seq_len=8192, sequences=1),
-    "torch_kd_cosine": Setting(teacher=True, objective=KD_COSINE, engine={"micro_batch_tokens": 4096}),
+    "torch_kd_cosine": Setting(
+        student="fused", teacher="dense", objective=KD_COSINE, engine={"micro_batch_tokens": 4096}
+    ),
     "torch_compile": Setting(engine={"compile": True}, seq_len=8192, sequences=1),
     "ddp_2": Setting(gpus=2, engine={"micro_batch_tokens": 4096}),
     "fsdp_kd_2": Setting(
-        student="fused", teacher=True, objective=KD, gpus=2, engine={"shard": True, "recompute": True}, seq_len=8192
+        student="fused",
+        teacher="teacher",
+        objective=KD,
+        gpus=2,
+        engine={"shard": True, "recompute": True},
+        seq_len=8192,
     ),
     "zero2_2": Setting(gpus=2, engine={**ZERO2, "micro_batch_tokens": 4096}),
     "zero3_kd_2": Setting(
-        student="fused", teacher=True, objective=KD, gpus=2, engine={**ZERO3, "recompute": True}, sequences=1
+        student="fused", teacher="teacher", objective=KD, gpus=2, engine={**ZERO3, "recompute": True}, sequences=1
     ),
     "ulysses_2": Setting(gpus=2, engine={"sequence_parallel": 2, "recompute": True}, seq_len=32_768, sequences=1),
     "zero1_2": Setting(gpus=2, engine={"name": "deepspeed", "zero_stage": 1, "micro_batch_tokens": 4096}),
     "megatron_tp2": Setting(
         gpus=2,
-        teacher=True,
+        teacher="teacher",
         objective=KD,
         engine={"name": "megatron", "tensor_parallel": 2, "micro_batch_tokens": 4096},
     ),
@@ -160,11 +170,11 @@ def engine_fields(options: argparse.Namespace, setting: Setting) -> dict[str, An
 
 def step_of(options: argparse.Namespace, setting: Setting) -> Step:
     """The setting as the planner knows it."""
-    models = {name: read_architecture(options.models / name) for name in (setting.student, "teacher")}
+    models = {name: read_architecture(options.models / name) for name in (setting.student, setting.teacher) if name}
     engine = EngineConfig(**engine_fields(options, setting))
     step = Step(
         student=models[setting.student],
-        teacher=models["teacher"] if setting.teacher else None,
+        teacher=models[setting.teacher] if setting.teacher else None,
         objective=ObjectiveConfig(**setting.objective),
         engine=engine,
         num_ranks=setting.gpus,
@@ -181,7 +191,7 @@ def measure(options: argparse.Namespace, name: str, *, timeout_s: float) -> Row:
     memory = step_memory(step)
     trial = Trial(
         student=str(options.models / setting.student),
-        teacher=str(options.models / "teacher") if setting.teacher else None,
+        teacher=str(options.models / setting.teacher) if setting.teacher else None,
         engine=engine_fields(options, setting),
         objective=setting.objective,
         batch_size=step.batch_size,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from distill.data.batch import Batch
 from distill.engine.base import create_engine
 from distill.engine.layout import check_layout
 from distill.engine.setup import TrainingSetup
+from launch.training import paired_blocks
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter, read_architecture
 from puzzle.model.parallelism import check_parallelism
@@ -34,6 +34,8 @@ from puzzle.model.tensor_layout import tensor_shapes
 
 GPU_MEMORY, HOST_MEMORY, TIME = "GPU memory", "host memory", "time"
 """What a trial may fail for; anything else is an error in its own words."""
+TERMINATION_S = 60
+"""Twice what torchrun gives its workers to end before it kills them."""
 SAMPLE_S = 0.2
 """Seconds between two looks at the host's free memory."""
 _NUM_RANDOM_VALUES = 2**24
@@ -147,10 +149,18 @@ def _kib_line(path: Path, name: str) -> int:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the trial and all of its processes, which are a session of their own."""
+    """End the trial and all of its processes.
+
+    torchrun gives each of its workers a session of its own, which no signal to torchrun's reaches. Asked to end, it
+    ends them.
+    """
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(timeout=TERMINATION_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _outcome(reports: list[dict[str, Any]], log: str, num_processes: int) -> Outcome:
@@ -196,7 +206,9 @@ def _measure(trial: Trial) -> dict[str, Any]:
     world_size, batch_size, seq_len = distributed.world_size(), trial.batch_size, trial.seq_len
     check_layout(engine, world_size=world_size, batch_size=batch_size, seq_len=seq_len, node="trial")
     check_parallelism(student.architecture, engine)
-    setup = TrainingSetup(student=student, objective=ObjectiveConfig(**trial.objective), teacher=teacher)
+    objective = ObjectiveConfig(**trial.objective)
+    pairs = () if teacher is None else paired_blocks(student.architecture, teacher.architecture, objective)
+    setup = TrainingSetup(student=student, objective=objective, teacher=teacher, layer_map=pairs)
     runner = create_engine(setup, optim=OptimConfig(lr=1e-5), engine=engine, batch_size=batch_size, seq_len=seq_len)
     share = batch_size // runner.num_data_ranks
     rows = slice(runner.data_rank * share, (runner.data_rank + 1) * share)

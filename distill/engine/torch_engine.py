@@ -103,7 +103,7 @@ class TorchEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         return {**distributed.all_reduce_sums(metrics), "grad_norm": grad_norm.to(self.device)}
 
@@ -122,6 +122,10 @@ class TorchEngine:
     def _without_reduction(self) -> AbstractContextManager[None]:
         is_ddp = isinstance(self._wrapped, DistributedDataParallel)
         return self._wrapped.no_sync() if is_ddp else nullcontext()
+
+    def _clear_gradients(self) -> None:
+        # DDP's buckets stay. Gradients that are dropped would be made anew beside them, micro-batch by micro-batch.
+        self._optimizer.zero_grad(set_to_none=not isinstance(self._wrapped, DistributedDataParallel))
 
     def evaluate(self, sequences: Tensor | Batch) -> dict[str, float]:
         """See :class:`distill.engine.base.Engine`."""

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -136,3 +137,27 @@ def test_what_is_compared_is_measured_first_and_the_rest_once(load: Load) -> Non
     cases = program._cases(SimpleNamespace(contenders=contenders, divergences=["forward", "jsd"]))
     expected = [(divergence, name) for divergence in ("forward", "jsd") for name in compared]
     assert cases == [*expected, ("forward", "four_products"), ("forward", "ours_512")]
+
+
+@pytest.mark.slow
+def test_a_trial_that_runs_out_of_time_leaves_no_process(load: Load, tmp_path: Path) -> None:
+    """Its workers are in sessions of their own, where a signal to torchrun's does not reach them."""
+    trials, throughput = load("training_trials"), load("kd_throughput")
+    student, _ = throughput.shapes("pico")
+    trials.write_random_model(tmp_path / "student", student)
+    trial = trials.Trial(
+        student=str(tmp_path / "student"),
+        engine={"device": "cpu"},
+        objective={"lm": 1.0},
+        batch_size=1,
+        seq_len=16,
+        steps=1_000_000,
+    )
+    marker = str(tmp_path / "temporary")
+    Path(marker).mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials.tempfile, "tempdir", marker)
+        assert trials.run_trial(trial, num_processes=1, timeout_s=15).failure == trials.TIME
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            assert marker.encode() not in path.read_bytes()
