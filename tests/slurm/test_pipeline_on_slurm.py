@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -161,14 +162,24 @@ def strike_while_frozen(cluster: Cluster, job: str, root: Path, log: Path, *, be
     for process in frozen:
         os.kill(process, signal.SIGSTOP)
     try:
-        cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-        wait_for("the signal before the limit", lambda: "told to stop" in log.read_text(), 90)
+        # In whole minutes, and beyond the time of its signal: where the limit has passed Slurm kills the job at once.
+        limit = (run_seconds(cluster, job) + 30) // 60 + 1
+        cluster.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+        wait_for("the signal before the limit", lambda: "told to stop" in log.read_text(), 120)
     finally:
         for process in frozen:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
     wait_for("the second requeue", lambda: log.read_text().count("queued again") == 2, 30)
     wait_for("its turn", lambda: "PENDING" in cluster.command("scontrol", "show", "job", job), 30)
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+
+
+def run_seconds(cluster: Cluster, job: str) -> int:
+    """Seconds since the job's latest start."""
+    shown = dict(field.partition("=")[::2] for field in cluster.command("scontrol", "show", "job", job).split())
+    hours, minutes, seconds = shown["RunTime"].split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
 
 def test_a_partition_that_slurm_does_not_know_is_refused_in_its_own_words(
