@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fp8_linear import Fp8Linear
 from torch import Tensor, nn
 
 from distill.config import require
 from puzzle.model.fp8 import quantize
-from puzzle.model.fp8_linear import Fp8Linear
 
 TOKENS = {"decode": 16, "prefill": 2048}
 """Tokens that run through the FFNs at once."""

@@ -6,20 +6,20 @@
 
 Models are unquantised model directories, data is what stage prepare_data wrote: the first sequences of its validation
 split, the same for all rows. In FP8 every linear layer of the blocks is computed as engines compute an export with
-export.quantization=fp8: weights rounded per output channel, inputs per token, products summed in fp32. --scaled-mm
-multiplies in FP8 itself. If the two losses are independent, KL(child in FP8) is near KL(child) + KL(parent in FP8).
+export.quantization=fp8_dynamic: weights rounded per output channel, inputs per token, products summed in fp32.
+--scaled-mm multiplies in FP8 itself. If the two losses are independent, KL(child in FP8) is near KL(child) + KL(parent
+in FP8).
 
 --speed times, on a GPU that multiplies in FP8, the widest fused FFN of the first child against as many FFNs of equal
 width one after another, in bf16 and FP8: CUDA graphs, weights not in the cache. --shape times another one in its place.
-Writes OUT/quantization.json and OUT/quantization.md.
+Writes OUT/quantization.json and OUT/quantization.md, before --speed starts and again with its times.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from ablation import write_results
 from ffn_in_fp8 import Shape, measure_speed, require_fp8, speed_table
+from fp8_linear import with_fp8_linears
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,7 +38,6 @@ from distill.evaluate import evaluate_model
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.fp8 import fp8_dtypes, fp8_shapes
-from puzzle.model.fp8_linear import with_fp8_linears
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.model.stats import weight_bytes
 
@@ -49,13 +49,14 @@ FORMATS = ("bf16", "fp8")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, measure and write."""
     options = new_parser().parse_args(arguments)
+    text = ""
     try:
-        content = measure(options)
+        for content in measure(options):
+            text = as_markdown(content)
+            write_results(options.out, "quantization", content, text)
     except ValueError as error:
         print(f"error: {error}")
         return 1
-    text = as_markdown(content)
-    write_results(options.out, "quantization", content, text)
     print(text)
     return 0
 
@@ -76,8 +77,8 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Content of quantization.json.
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Content of quantization.json: with quality alone, then, where it is asked for, with speed too.
 
     Raises:
         ValueError: models, data or the device are not what the options ask for; before anything is computed.
@@ -95,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shape = shape_to_time(options, architectures) if options.speed else None
     sequences = held_out(options, directories, architectures)
     rows = quality_rows(options, directories, sequences, device)
-    return {
+    content = {
         "settings": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "torch": torch.__version__,
@@ -107,8 +108,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         "rows": [row | {"weight_bytes": stored_bytes(architectures[row["model"]], row["format"])} for row in rows],
         "sums": [added_up(rows, name) for name in directories if name != "parent"],
-        "speed": measure_speed(shape, device) if shape else [],
+        "speed": [],
     }
+    yield content
+    if shape:
+        yield content | {"speed": measure_speed(shape, device)}
 
 
 def named(parent: Path, children: Sequence[Path]) -> dict[str, Path]:
@@ -133,7 +137,7 @@ def held_out(
 def quality_rows(
     options: argparse.Namespace, directories: dict[str, Path], sequences: Tensor, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row per model and format; ``klds`` has the mean of every batch."""
+    """One row per model and format; ``klds`` has the mean of every batch, which ``batch_sizes`` weigh."""
     parent = load_model(directories["parent"], device=device, dtype=torch.bfloat16)
     rows = []
     for name, path in tqdm(directories.items(), desc="models", leave=False):
@@ -146,7 +150,8 @@ def quality_rows(
                 for batch in sequences.split(options.batch_size)
             ]
             means = {key: weighted_mean(found, key) for key in ("kld", "lm_loss", "top1_agreement_frac")}
-            rows.append({"model": name, "format": kind, **means, "klds": [batch["kld"] for batch in found]})
+            klds, sizes = [batch["kld"] for batch in found], [batch["num_sequences"] for batch in found]
+            rows.append({"model": name, "format": kind, **means, "klds": klds, "batch_sizes": sizes})
             del model
     return rows
 
@@ -168,7 +173,6 @@ def added_up(rows: Sequence[dict[str, Any]], child: str) -> dict[str, Any]:
     batches = zip(in_fp8["klds"], in_bf16["klds"], parent_fp8["klds"], strict=True)
     excesses = [both - fused - quantized for both, fused, quantized in batches]
     total = in_bf16["kld"] + parent_fp8["kld"]
-    error = statistics.stdev(excesses) / len(excesses) ** 0.5 if len(excesses) > 1 else None
     return {
         "child": child,
         "kld_child": in_bf16["kld"],
@@ -176,8 +180,18 @@ def added_up(rows: Sequence[dict[str, Any]], child: str) -> dict[str, Any]:
         "sum": total,
         "kld_child_fp8": in_fp8["kld"],
         "excess": in_fp8["kld"] - total,
-        "excess_standard_error": error,
+        "excess_standard_error": standard_error(excesses, in_fp8["batch_sizes"]),
     }
+
+
+def standard_error(means: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Of the mean of sequences in batches of ``sizes`` with these ``means``; None of a single batch."""
+    total = sum(sizes)
+    if len(means) == 1:
+        return None
+    mean = sum(value * size for value, size in zip(means, sizes, strict=True)) / total
+    squares = sum(size * (value - mean) ** 2 for value, size in zip(means, sizes, strict=True))
+    return (squares / (len(means) - 1) / total) ** 0.5
 
 
 def stored_bytes(architecture: Architecture, kind: str) -> int:

@@ -356,8 +356,16 @@ class EvaluateConfig:
     num_fewshot: int | None = None
     """Worked examples before each question; null: as the task's file says, or none. Tasks whose file says 0 stay at
     0."""
+    task_metrics: dict[str, str] | None = None
+    """By task: the metric that stands for it; of all others, and with null of all, the first of their file where more
+    is better."""
 
     def __post_init__(self) -> None:
+        stray = [task for task in self.task_metrics or () if task not in self.tasks]
+        require(
+            not stray,
+            f"evaluate.task_metrics names {', '.join(stray)}, not of evaluate.tasks={list(self.tasks)}; add it",
+        )
         require(all(length > 1 for length in self.lengths), f"evaluate.lengths must be > 1, got {list(self.lengths)}")
         require(
             len({*self.tasks}) == len(self.tasks), f"evaluate.tasks has one twice: {list(self.tasks)}; name it once"

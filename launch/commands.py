@@ -25,7 +25,7 @@ from launch.config import (
 from launch.pipeline import PlannedStep, check_inputs, check_processes, make_job, make_recipe, plan, run_steps
 from launch.registry import STAGES
 from launch.rundir import RunDirectory
-from launch.single_step import finishing, run_step, show_all_committed
+from launch.single_step import committed, finishing, run_step, show_all_committed
 from launch.stage import StageContext
 from launch.store import Store
 from launch.wandb_steps import get_or_compute
@@ -85,7 +85,7 @@ def _run_on_slurm(
     *,
     dry_run: bool,
 ) -> None:
-    from launch.slurm import check_submission, plan_jobs, submit
+    from launch.slurm import check_submission, plan_jobs, submit, twins
     from launch.slurm_site import read_site
 
     if processes.count() > 1:
@@ -109,9 +109,11 @@ def _run_on_slurm(
     # Before the others are submitted: what W&B refuses here it would refuse their jobs.
     show_all_committed(steps, store=store, run=run, context=_context(settings, run, store), say=console.say)
     if jobs:
-        console.print_jobs(jobs, submit(jobs, run), run)
+        beside = twins(jobs, run)
+        console.print_jobs(jobs, submit(jobs, run, beside), run, beside)
     else:
         console.say(f"all steps of {run.name} are committed; nothing to submit")
+        _conclude(name, overrides, steps, run, committed(steps, store=store, run=run))
 
 
 def run_one_step(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -139,10 +141,7 @@ def run_one_step(options: argparse.Namespace, overrides: list[str]) -> None:
         listener=console.listener(1),
     )
     if artifacts is not None:
-        with finishing(run):
-            run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
-            run.write_steps({step: artifact.manifest.fingerprint for step, artifact in artifacts.items()})
-            _report(run, artifacts)
+        _conclude(name, overrides, steps, run, artifacts)
 
 
 def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
@@ -199,6 +198,23 @@ def _resolved(steps: Sequence[PlannedStep]) -> dict[str, object]:
         }
         for step in steps
     }
+
+
+def _conclude(
+    name: str,
+    overrides: list[str],
+    steps: Sequence[PlannedStep],
+    run: RunDirectory,
+    artifacts: Mapping[str, Artifact],
+) -> None:
+    """Write what is left to write of a run whose steps all are committed, each by a process of its own."""
+    with finishing(run):
+        for step, artifact in artifacts.items():
+            # What was there before the run began had no process to link it.
+            run.link(step, artifact)
+        run.config_file.write_text(to_yaml({"target": name, "overrides": overrides, "steps": _resolved(steps)}))
+        run.write_steps({step: artifact.manifest.fingerprint for step, artifact in artifacts.items()})
+        _report(run, artifacts)
 
 
 def _report(run: RunDirectory, artifacts: Mapping[str, Artifact]) -> None:

@@ -61,13 +61,16 @@ def print_scripts(jobs: Sequence[StepJob]) -> None:
         _console.print(job.script, markup=False, end="")
 
 
-def print_jobs(jobs: Sequence[StepJob], ids: Mapping[str, str], run: RunDirectory) -> None:
-    """What has been submitted, and where its logs will be."""
+def print_jobs(
+    jobs: Sequence[StepJob], ids: Mapping[str, str], run: RunDirectory, beside: Mapping[str, str] | None = None
+) -> None:
+    """What has been submitted, what it waits for (also in other runs: ``beside``), and where its logs will be."""
     table = Table(box=None, pad_edge=False)
     for column in ("step", "job", "nodes", "after"):
         table.add_column(column)
     for job in jobs:
-        table.add_row(job.step, ids[job.step], str(job.nodes), ", ".join(ids[step] for step in job.after))
+        after = [*(ids[step] for step in job.after), *([beside[job.step]] if beside and job.step in beside else [])]
+        table.add_row(job.step, ids[job.step], str(job.nodes), ", ".join(after))
     _console.print(table)
     _console.print(f"logs: {run.path}/logs/<step>/latest")
 

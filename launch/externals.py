@@ -25,7 +25,8 @@ from distill.data.sources import stdlib_files, text_files
 from launch import processes
 from launch.provenance import cpu_name, gpu_names
 from puzzle.config import ModelConfig
-from puzzle.lm_eval_tasks import FEWSHOT_SEED, TaskChoice
+from puzzle.lm_eval_index import TaskChoice
+from puzzle.lm_eval_seeds import SEEDS
 
 if TYPE_CHECKING:
     from launch.stage_configs import (
@@ -67,22 +68,30 @@ def text_sources(config: PrepareDataStage) -> dict[str, Any]:
 
 
 def task_sources(config: ScoreLibraryStage | EvaluateStage) -> dict[str, Any]:
-    """The lm-eval whose tasks are run, and the content of a directory of tasks of a user's own.
+    """The lm-eval whose tasks are run, its seeds, and the content of a directory of tasks of a user's own.
 
     Raises:
-        ValueError: lm-eval is not installed, the directory is not there, or a task is unknown.
+        ValueError: lm-eval is not installed or too old, the directory is not there, or a task is unknown or one whose
+            file says that it cannot be run or measured here.
     """
     node, settings = ("scores", config.scores) if hasattr(config, "scores") else ("evaluate", config.evaluate)
     if not settings.tasks:
         return {}
     directory = settings.task_dir
-    choice = TaskChoice(node=node, tasks=settings.tasks, directory=directory, limit=settings.task_limit)
-    found: dict[str, Any] = {"lm_eval": choice.installed_version(), "fewshot_seed": FEWSHOT_SEED}
+    choice = TaskChoice(
+        node=node,
+        tasks=settings.tasks,
+        directory=directory,
+        limit=settings.task_limit,
+        metrics=getattr(settings, "task_metrics", None) or {},
+        by_example=node == "scores",
+    )
+    found: dict[str, Any] = {"lm_eval": choice.installed_version(), **SEEDS}
     if directory is not None:
         path = Path(directory).expanduser()
         require(path.is_dir(), f"{node}.task_dir={directory} does not exist; give a directory of lm-eval tasks")
         found["task_dir"] = content_signature(path)
-    choice.require_known()
+    choice.require_usable()
     return found
 
 

@@ -32,7 +32,7 @@ from launch.plan_state import POINT_BYTES
 from launch.plan_time import UTILIZATION, Rates, step_time
 from launch.registry import STAGES
 from puzzle.config import CostConfig
-from puzzle.model.stats import flops_per_token, num_params
+from puzzle.model.stats import num_params, sequence_flops
 
 GIB = 2**30
 PREFIX = "plan."
@@ -258,9 +258,8 @@ class _Planner:
         if self._rates is None or config.engine.device == "cpu":
             return row
         seconds = step_time(step, self._rates).total_s
-        context = (step.seq_len + 1) // 2
         models = [step.student] if step.teacher is None else [step.student, step.teacher]
-        held_out = run.evaluated_tokens * sum(flops_per_token(model, context) for model in models)
+        held_out = run.evaluated_tokens / step.seq_len * sum(sequence_flops(model, step.seq_len) for model in models)
         hours = (run.num_steps * seconds + held_out / (self._rates.flops_per_s * step.num_ranks)) / 3600
         row = replace(row, step_s=seconds, hours=hours, gpu_hours=hours * row.gpus)
         return self._with_interruptions(

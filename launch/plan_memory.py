@@ -162,6 +162,9 @@ class _Timeline:
         for index in range(last, -1, -1):
             yield from self._block_moments(index)
         yield "embedding's gradient", self._sum(self._static(), self._gradients(0), self._embedding_gradient())
+        if self._is_ddp:
+            both = {"gradients": self._state.gradients, "buffers": self._state.buffers}
+            yield "buckets made anew", self._sum(self._static(), both)
         yield (
             "optimizer step",
             self._sum(self._static(gathered=False), {"gradients": self._state.gradients}, self._step_extra()),
@@ -195,7 +198,7 @@ class _Timeline:
             "weights": state.weights,
             "master weights": state.master,
             "optimizer": state.optimizer,
-            "buffers": state.buffers if step.engine.zero_stage == 3 else 0.0,
+            "buffers": state.buffers if step.engine.name == "deepspeed" and step.engine.zero_stage == 3 else 0.0,
             **self._point_copy(on_host=False),
         }
         if step.teacher is not None and step.engine.teacher_device == "same":
@@ -266,9 +269,15 @@ class _Timeline:
 
     def _carried_gradients(self) -> Parts:
         """Gradients that are there before the last micro-batch's backward pass."""
-        ddp = self._step.engine.name == "torch" and not self._sharded and self._step.num_ranks > 1
-        stays = ddp or self._step.num_micro_batches > 1 or self._has_flat_gradients()
-        return {"gradients": self._state.gradients} if stays else {}
+        several = self._step.num_micro_batches > 1
+        stays = self._is_ddp or several or self._has_flat_gradients()
+        # In DDP's first step only the last micro-batch's backward pass puts gradients into its buckets.
+        buckets = self._state.buffers if self._is_ddp and several else 0.0
+        return {"gradients": self._state.gradients, "buffers": buckets} if stays else {}
+
+    @property
+    def _is_ddp(self) -> bool:
+        return self._step.engine.name == "torch" and not self._sharded and self._step.num_ranks > 1
 
     def _has_flat_gradients(self) -> bool:
         """ZeRO's stage 3 and its bf16 optimizer have one buffer of all fp32 gradients, for good."""

@@ -6,16 +6,17 @@ P parameters, n ranks, bytes per parameter, and where the engines make them so:
 engine               weights    master      AdamW        gradients     source
 ===================  =========  ==========  ===========  ============  ==============================================
 torch, one process   4          -           8            4             ``TorchEngine._build`` (fp32), ``distill.optim``
-torch, DDP           4          -           8            4 + 4         buckets stay, and are made twice
+torch, DDP           4          -           8            4 + 4         buckets: ``gradient_as_bucket_view``
 torch, shard         gathered   4 / n       8 / n        4 / n         ``torch_sharding.shard_student`` (fp32 shards)
 deepspeed, stage 1   2          4 / n       8 / n        4             ZeRO's bf16 optimizer: ``grad_accum_dtype`` fp32
 deepspeed, stage 2   2          4 / n       8 / n        4 / n         ``zero_config``
 deepspeed, stage 3   2 / n      4 / n       8 / n        4 / n         ``zero_config``
 ===================  =========  ==========  ===========  ============  ==============================================
 
-DDP's gradients are views of its buckets (``gradient_as_bucket_view``). In the second step it orders the buckets anew,
-and the old ones live until the gradients have moved: 4 bytes more. In fp32 DeepSpeed's running weights take 4 bytes.
-With ``offload_optimizer`` master weights, AdamW and gradients are on the host.
+DDP's gradients are views of its buckets (``gradient_as_bucket_view``) from the first backward pass that reduces them
+on; until then micro-batches have gradients beside them. Before the second forward pass it orders the buckets anew, with
+the old ones still there. Either is 4 bytes more. In fp32 DeepSpeed's running weights take 4 bytes. With
+``offload_optimizer`` master weights, AdamW and gradients are on the host.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 A login node does this without torch. Every job is ``python -m launch <pipeline> --step <step>``; what its script does
 on signals and failures stands in ``slurm/step.sbatch.j2``. All that can be refused is refused before the first job.
+
+Where a job of another run under the same root is going to compute the same artifact, the one of this run waits for its
+end, so that no nodes are held for nothing but the lock on that artifact.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import functools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -27,6 +31,9 @@ from launch.slurm_site import DIRECTORY, SiteConfig
 from launch.store import Store, make_directory
 
 TEMPLATE = "step.sbatch.j2"
+REPORT = "report"
+"""The command, and the name of its job."""
+REPORT_TIME_LIMIT = "00:30:00"
 LEAST_GRACE_SECONDS = 5
 """Before the limit, after which a job that has not saved its state is queued again without."""
 
@@ -41,6 +48,8 @@ class StepJob:
     """Started by torchrun where the job has more than one."""
     after: tuple[str, ...]
     """Steps whose jobs it waits for."""
+    artifact: str
+    """Name in the store of what it computes, as planned here: behind a measurement of another machine it may differ."""
     script: str
 
 
@@ -80,30 +89,47 @@ def plan_jobs(
         except ValueError as error:
             raise ValueError(f"step {step.name}: {error}") from error
         after = tuple(dict.fromkeys(source for source in step.inputs.values() if source not in there))
-        command = shlex.join(["-m", "launch", pipeline_name, "--step", step.name, *overrides])
-        script = _template().render(
-            pipeline=pipeline_name,
-            step=step.name,
-            job_name=_job_name(run, step.name),
-            after=after,
+        script = _render(
+            run,
+            step.name,
+            title=f"Step {step.name} of pipeline {pipeline_name}{', after ' if after else ''}{', '.join(after)}",
+            command=["-m", "launch", pipeline_name, "--step", step.name, *overrides],
             nodes=nodes,
             processes=processes,
+            gpus=processes,
             cluster=own,
-            grace_seconds=max(LEAST_GRACE_SECONDS, own.signal_seconds - max(15, own.signal_seconds // 10)),
-            options=site.sbatch_options(processes),
             site=site,
-            directory=shlex.quote(str(Path.cwd())),
-            logs=_logs(run, step.name),
-            quoted_logs=shlex.quote(str(_logs(run, step.name))),
-            command=command,
-            preempted=EXIT_STATUS,
         )
-        jobs.append(StepJob(step=step.name, nodes=nodes, processes_per_node=processes, after=after, script=script))
+        jobs.append(
+            StepJob(
+                step=step.name,
+                nodes=nodes,
+                processes_per_node=processes,
+                after=after,
+                artifact=store.path(step.recipe).name,
+                script=script,
+            )
+        )
     return jobs
 
 
-def submit(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
+def twins(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
+    """Steps of ``jobs`` -> the job in the queue, of another run under the same root, that computes the same.
+
+    One that is held back is none: nobody knows for how long.
+    """
+    claims = {job.step: file.read_text().split(" ", 1) for job in jobs if (file := _claim(run, job)).is_file()}
+    queued = slurm_commands.queued(dict(claims.values()), held=False)
+    return {step: number for step, (number, _) in claims.items() if number in queued}
+
+
+def submit(jobs: Sequence[StepJob], run: RunDirectory, beside: Mapping[str, str] | None = None) -> dict[str, str]:
     """Submit ``jobs``, each after those that it waits for. All of them, or none.
+
+    Args:
+        jobs: of one run, in order.
+        run: theirs.
+        beside: their :func:`twins`, which they also wait for, whatever becomes of those.
 
     Returns:
         Slurm's job ids by step.
@@ -112,6 +138,7 @@ def submit(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
         ValueError: there is no sbatch, jobs of this run are in the queue, or Slurm refuses a script.
     """
     check_submission(run)
+    beside = beside or {}
     scripts = dict(_write(jobs, run))
     for job in jobs:
         try:
@@ -121,14 +148,63 @@ def submit(jobs: Sequence[StepJob], run: RunDirectory) -> dict[str, str]:
     ids: dict[str, str] = {}
     for job in jobs:
         try:
-            ids[job.step] = slurm_commands.submit(scripts[job.step], after=[ids[step] for step in job.after])
+            ids[job.step] = slurm_commands.submit(
+                scripts[job.step],
+                after=[ids[step] for step in job.after],
+                after_any=[beside[job.step]] if job.step in beside else [],
+            )
         except ValueError as error:
             slurm_commands.cancel(list(ids.values()))
             raise ValueError(
                 f"step {job.step}: {error}; {len(ids)} jobs before it were taken back, nothing is queued"
             ) from error
         _record(run, ids)
+        if job.step not in beside:
+            # What this spares is not worth a chain that breaks off.
+            with suppress(OSError):
+                _claim_for(run, job, ids[job.step])
     return ids
+
+
+def plan_report(sweep: RunDirectory, target: str, *, cluster: ClusterConfig, site: SiteConfig) -> str:
+    """The script of the job that writes the page over the runs of a sweep.
+
+    Args:
+        sweep: its directory.
+        target: the pipeline.
+        cluster: of its runs. This job takes one process without a GPU, for :data:`REPORT_TIME_LIMIT` at most.
+        site: account, partition, software.
+    """
+    return _render(
+        sweep,
+        REPORT,
+        title=f"Report on a sweep of pipeline {target}",
+        command=["-m", "launch", REPORT, str(sweep.path)],
+        nodes=1,
+        processes=1,
+        gpus=0,
+        cluster=replace(cluster, time_limit=REPORT_TIME_LIMIT, signal_seconds=60),
+        site=site,
+    )
+
+
+def submit_report(script: str, sweep: RunDirectory, runs: Sequence[RunDirectory]) -> str | None:
+    """Submit the job that writes the page of ``sweep`` when all jobs of ``runs`` have ended, in place of an earlier
+    one. Returns its id; None where none of them is in the queue.
+
+    Raises:
+        ValueError: there is no sbatch, or Slurm refuses the script.
+    """
+    slurm_commands.require_slurm()
+    waiting = {number for run in runs for number in slurm_commands.queued(_names(run, _recorded(run)))}
+    earlier = slurm_commands.queued(_names(sweep, _recorded(sweep)))
+    number = None
+    if waiting:
+        file = _write_script(sweep, REPORT, script)
+        number = slurm_commands.submit(file, after_any=sorted(waiting, key=int))
+        _record(sweep, {REPORT: number})
+    slurm_commands.cancel(sorted(earlier))
+    return number
 
 
 def check_submission(run: RunDirectory) -> None:
@@ -162,6 +238,36 @@ def _shape(step: PlannedStep, nodes: int | None, cluster: ClusterConfig) -> tupl
     return count, cluster.gpus_per_node
 
 
+def _render(
+    run: RunDirectory,
+    name: str,
+    *,
+    title: str,
+    command: Sequence[str],
+    nodes: int,
+    processes: int,
+    gpus: int,
+    cluster: ClusterConfig,
+    site: SiteConfig,
+) -> str:
+    """Script of the job ``name`` of ``run``, which runs ``command`` in Python."""
+    return _template().render(
+        title=title,
+        job_name=_job_name(run, name),
+        nodes=nodes,
+        processes=processes,
+        cluster=cluster,
+        grace_seconds=max(LEAST_GRACE_SECONDS, cluster.signal_seconds - max(15, cluster.signal_seconds // 10)),
+        options=site.sbatch_options(gpus),
+        site=site,
+        directory=shlex.quote(str(Path.cwd())),
+        logs=_logs(run, name),
+        quoted_logs=shlex.quote(str(_logs(run, name))),
+        command=shlex.join(command),
+        preempted=EXIT_STATUS,
+    )
+
+
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
@@ -179,6 +285,11 @@ def _job_name(run: RunDirectory, step: str) -> str:
     return f"{run.name}.{step}"
 
 
+def _names(run: RunDirectory, ids: Mapping[str, str]) -> dict[str, str]:
+    """Job ids of ``run`` -> the names that Slurm knows them by."""
+    return {number: _job_name(run, step) for step, number in ids.items()}
+
+
 def _logs(run: RunDirectory, step: str) -> Path:
     return run.path / "logs" / step
 
@@ -187,27 +298,49 @@ def _scripts(run: RunDirectory) -> Path:
     return run.path / "slurm"
 
 
+def _claim(run: RunDirectory, job: StepJob) -> Path:
+    """Holds id and name of the job that was submitted for this artifact, by whichever run."""
+    return run.store / ".jobs" / job.artifact
+
+
+def _claim_for(run: RunDirectory, job: StepJob, number: str) -> None:
+    file = _claim(run, job)
+    make_directory(file.parent)
+    temporary = file.with_name(f".{file.name}.{number}.tmp")
+    temporary.write_text(f"{number} {_job_name(run, job.step)}")
+    temporary.rename(file)
+
+
 def _write(jobs: Sequence[StepJob], run: RunDirectory) -> Iterator[tuple[str, Path]]:
-    """Write the scripts, and make the directories that Slurm opens their logs in."""
-    make_directory(_scripts(run))
     for job in jobs:
-        make_directory(_logs(run, job.step))
-        script = _scripts(run) / f"{job.step}.sbatch"
-        script.write_text(job.script)
-        yield job.step, script
+        yield job.step, _write_script(run, job.step, job.script)
+
+
+def _write_script(run: RunDirectory, name: str, script: str) -> Path:
+    """Write the script, and make the directory that Slurm opens its log in."""
+    make_directory(_scripts(run))
+    make_directory(_logs(run, name))
+    file = _scripts(run) / f"{name}.sbatch"
+    file.write_text(script)
+    return file
 
 
 def _record(run: RunDirectory, ids: Mapping[str, str]) -> None:
     (_scripts(run) / "jobs.json").write_text(json.dumps(dict(ids), indent=1))
 
 
-def _require_idle(run: RunDirectory) -> None:
+def _recorded(run: RunDirectory) -> dict[str, str]:
+    """Jobs that were last submitted for ``run``."""
     file = _scripts(run) / "jobs.json"
-    recorded: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    queued = slurm_commands.queued(list(recorded.values()))
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _require_idle(run: RunDirectory) -> None:
+    recorded = _recorded(run)
+    queued = slurm_commands.queued(_names(run, recorded))
     left = {step: number for step, number in recorded.items() if number in queued}
-    require(
-        not left,
-        f"run {run.name} has jobs in the queue ({', '.join(f'{step} {number}' for step, number in left.items())}); "
-        f"wait for them, or scancel {' '.join(left.values())} first",
-    )
+    if left:
+        raise slurm_commands.InQueueError(
+            f"run {run.name} has jobs in the queue ({', '.join(f'{step} {number}' for step, number in left.items())}); "
+            f"wait for them, or scancel {' '.join(left.values())} first"
+        )

@@ -18,8 +18,10 @@ from pathlib import Path
 from rich.markup import escape
 
 from launch import console, preemption, processes
+from launch.cluster_config import ClusterConfig
 from launch.commands import check_target, run_places, run_target
 from launch.config import (
+    RunSettings,
     compose_pipeline,
     is_telling,
     launchers,
@@ -29,6 +31,7 @@ from launch.config import (
     sweep_points,
 )
 from launch.rundir import RunDirectory
+from launch.slurm_commands import InQueueError
 from launch.store import make_directory
 
 SWEEP_FILE = "sweep.json"
@@ -50,6 +53,8 @@ class Point:
     overrides: tuple[str, ...]
     run: Path
     """Its directory."""
+    cluster: ClusterConfig | None = None
+    """Where it is to run; unknown where the sweep is read from its directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +75,8 @@ class Sweep:
         points = []
         for texts in sweep_points(overrides):
             check_target(target, texts)
-            pipeline = compose_pipeline(target, texts) if target in pipeline_names() else None
-            _, run, _ = run_places(target, pipeline, texts)
-            points.append(Point(overrides=tuple(texts), run=run.path))
+            settings, run = _places(target, texts)
+            points.append(Point(overrides=tuple(texts), run=run.path, cluster=settings.cluster))
         name = PREFIX + run_name(target, list(overrides))
         return cls(path=points[0].run.parent / name, target=target, points=tuple(points))
 
@@ -95,6 +99,12 @@ class Sweep:
         ]
         columns = {key: tuple(own[key] for own in typed) for key in typed[0] if is_telling(key)}
         return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+    @property
+    def submits_to(self) -> ClusterConfig | None:
+        """Where its runs are chains of Slurm jobs."""
+        clusters = [point.cluster for point in self.points if self.target in pipeline_names()]
+        return next((cluster for cluster in clusters if cluster is not None and cluster.kind == "slurm"), None)
 
     def name_of(self, number: int) -> str:
         """What tells point ``number`` from the others."""
@@ -151,12 +161,19 @@ def run_sweep(target: str, overrides: list[str], *, dry_run: bool) -> int:
         ValueError: a point or the launcher is wrong; nothing has run.
         Preempted: a point was asked to stop, and those behind it with it.
     """
-    _check_launcher(overrides)
+    launcher = _check_launcher(overrides)
     sweep = Sweep.planned(target, overrides)
+    if launcher not in (None, "basic") and sweep.submits_to is not None:
+        raise ValueError(
+            f"cluster=slurm submits every run as a chain of jobs, and {LAUNCHER}{launcher} would start each as one "
+            "process elsewhere; drop one of the two"
+        )
     if dry_run:
         for number, point in enumerate(sweep.points):
             console.say(_title(sweep, number))
             run_target(target, list(point.overrides), dry_run=True)
+        if sweep.submits_to is not None:
+            console.say(f"\n[bold]report[/], after all of them:\n{escape(_report_script(sweep, sweep.submits_to))}")
         return 0
     directory = RunDirectory.at(sweep.path)
     with directory.held():
@@ -196,6 +213,10 @@ class PointJob:
             run_target(sweep.target, list(point.overrides), dry_run=False)
         except preemption.Preempted as error:
             sweep.record(number, str(error), is_stopped=True)
+        except InQueueError as error:
+            # Not what became of it: this sweep's earlier submission is still on its way.
+            console.say(f"[yellow]{escape(str(error))}[/]")
+            sweep.record(number, None)
         except processes.AlreadyToldError:
             sweep.record(number, "another process of the torchrun failed")
         except Exception as error:
@@ -217,17 +238,28 @@ def _process() -> str:
     return f"{os.uname().nodename}:{os.getpid()}"
 
 
-def _check_launcher(overrides: Sequence[str]) -> None:
+def _places(target: str, overrides: list[str]) -> tuple[RunSettings, RunDirectory]:
+    pipeline = compose_pipeline(target, overrides) if target in pipeline_names() else None
+    settings, run, _ = run_places(target, pipeline, overrides)
+    return settings, run
+
+
+def _check_launcher(overrides: Sequence[str]) -> str | None:
+    """The launcher that is asked for, if one is.
+
+    Raises:
+        ValueError: it cannot start the points here.
+    """
     chosen = [text.removeprefix(LAUNCHER) for text in overrides if text.startswith(LAUNCHER)]
     if not chosen:
-        return
+        return None
     if processes.count() > 1:
         raise ValueError(
             "hydra/launcher starts processes of its own, which those of torchrun know nothing of; drop one"
         )
     name = chosen[-1]
     if name in launchers():
-        return
+        return name
     if name in PLUGINS:
         raise ValueError(
             f"hydra/launcher={name} is not installed; install it with `pip install {PLUGINS[name]}`, or all of them "
@@ -247,9 +279,40 @@ def _finish(sweep: Sweep, lost: Exception | None) -> int:
             f"{escape(console.describe(lost))}; runs that did not end with it may still go on elsewhere, the same "
             "command goes on with the others"
         )
-    if sweep.target in pipeline_names():
+    cluster = sweep.submits_to
+    if sweep.target in pipeline_names() and (cluster is None or not _is_report_submitted(sweep, cluster)):
         from launch.report_command import report_sweep
 
         report_sweep(sweep)
     has_failed = lost is not None or any(sweep.error_of(number) is not None for number in numbers)
     return 2 if has_failed else 0
+
+
+def _report_script(sweep: Sweep, cluster: ClusterConfig) -> str:
+    from launch.slurm import plan_report
+    from launch.slurm_site import read_site
+
+    return plan_report(RunDirectory.at(sweep.path), sweep.target, cluster=cluster, site=read_site())
+
+
+def _is_report_submitted(sweep: Sweep, cluster: ClusterConfig) -> bool:
+    """Submit the job that makes the page, unless no run has a job left that it could wait for."""
+    from launch.slurm import submit_report
+
+    runs = [RunDirectory.at(point.run) for point in sweep.points]
+    place = escape(str(sweep.path))
+    try:
+        job = submit_report(_report_script(sweep, cluster), RunDirectory.at(sweep.path), runs)
+    except ValueError as error:
+        # The runs are on their way; the page is not worth a sweep that fails.
+        console.complain(
+            f"no job for the page: {escape(str(error))}; when the runs have ended: python -m launch report {place}"
+        )
+        return True
+    if job is None:
+        return False
+    console.say(
+        f"job {job} writes {place}/report/index.html when all of them have ended; with those that have finished, at "
+        f"any time: python -m launch report {place}"
+    )
+    return True

@@ -12,7 +12,8 @@ def task_table(run: FinishedRun) -> dict[str, Any] | None:
     """The last evaluation's tasks, None where none ran.
 
     ``models`` are names. ``rows`` are by task: its metric, its number of examples, and by model what ``evaluate.json``
-    says. ``recovered`` is by model the mean over tasks, None for the parent.
+    says. ``recovered`` is by model the mean over the ``num_told`` tasks of which a share can be told, None for the
+    parent. ``most_truncated`` is the largest number of cut questions of a task.
     """
     evaluated = (run.document("evaluate", "evaluate.json") or {"models": {}})["models"]
     done: dict[str, Mapping[str, Any]] = {name: row for name, row in evaluated.items() if row.get("tasks")}
@@ -22,9 +23,17 @@ def task_table(run: FinishedRun) -> dict[str, Any] | None:
         task: {
             "metric": result["metric"],
             "n": result["n"],
+            "num_truncated": result["num_truncated"],
             "models": {name: done[name]["tasks"][task] for name in done},
         }
         for task, result in done[PARENT]["tasks"].items()
     }
     recovered = {name: None if name == PARENT else row["tasks_recovery_frac"] for name, row in done.items()}
-    return {"models": [*done], "rows": rows, "recovered": recovered}
+    num_told = sum(result["recovery_frac"] is not None for result in done[PARENT]["tasks"].values())
+    return {
+        "models": [*done],
+        "rows": rows,
+        "recovered": recovered,
+        "num_told": num_told,
+        "most_truncated": max(row["num_truncated"] for row in rows.values()),
+    }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config import PLACEMENT, OptimConfig, RopeConfig, TrainConfig, require
-from puzzle.model.targets import Quantization, Target
+from puzzle.model.targets import NO_FP8, Quantization, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,8 +403,15 @@ class ExportConfig:
     """Engines that it is written for: transformers, vllm, sglang, llama_cpp, mlx, megatron. One that cannot load the
     model makes the stage fail. The report covers all."""
     quantization: Quantization = "none"
-    """none, or fp8: matrices of attentions and FFNs in FP8, with a scale per output channel."""
+    """none, or fp8_dynamic: matrices of attentions and FFNs in FP8, with a scale per output channel; their inputs per
+    token as the model runs."""
     max_shard_gib: float = 4.0
 
     def __post_init__(self) -> None:
         require(self.max_shard_gib > 0, f"export.max_shard_gib must be > 0, got {self.max_shard_gib}")
+        refused = [target for target in self.targets if self.quantization != "none" and target in NO_FP8]
+        reasons = "; ".join(f"{target}: {NO_FP8[target]}" for target in refused)
+        require(
+            not refused,
+            f"export.quantization={self.quantization}: {reasons}; leave {', '.join(refused)} out of export.targets",
+        )

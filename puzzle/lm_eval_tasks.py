@@ -1,35 +1,21 @@
-"""The adapter of lm-eval: which tasks are meant, and how well a model that is in memory does them.
+"""The adapter of lm-eval's tasks and evaluator: how well a model that is in memory does them.
 
-Importing this module imports neither torch nor lm-eval, and checking the names of tasks imports no torch: a login node
-does both.
+Importing this module imports neither torch nor lm-eval.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import io
-import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any, TextIO
 
 from distill.config import require
-
-MIN_VERSION = "0.4.13"
-
-COMPARING = ("multiple_choice", "loglikelihood")
-"""Types of task that compare likelihoods."""
-
-WHOLE_MODEL = (*COMPARING, "loglikelihood_rolling", "generate_until")
-"""Types of task that a whole model can do."""
-
-FEWSHOT_SEED = 1234
-"""lm-eval's own."""
+from puzzle.lm_eval_index import TaskChoice, reason
+from puzzle.lm_eval_seeds import SEEDS, seeded
+from puzzle.task_metrics import Metric, TaskResult, choose_metric, read_result
 
 DEFAULT_GENERATED_TOKENS = 256
 """lm-eval's own, where a task that generates does not say how many."""
@@ -42,106 +28,6 @@ Accuracies = dict[str, dict[tuple[str, int], float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskChoice:
-    """What a configuration says of tasks."""
-
-    node: str
-    """Node of the configuration, for errors: its fields are ``tasks``, ``task_dir`` and so on."""
-    tasks: tuple[str, ...]
-    """Tasks, groups or tags of lm-eval."""
-    directory: str | None
-    """Further task files, which come before those of lm-eval."""
-    limit: int | None
-    """Examples per task; None: all."""
-    num_fewshot: int | None = None
-    """Worked examples before each question; None: as the task's file says, or none."""
-
-    def installed_version(self) -> str:
-        """Version of lm-eval. Raises ``ValueError`` where it is not installed."""
-        try:
-            return metadata.version("lm_eval")
-        except metadata.PackageNotFoundError as error:
-            raise self._not_installed(error) from error
-
-    def require_known(self) -> None:
-        """Raise ``ValueError`` where lm-eval is not installed, or knows no task of a name."""
-        known = {*self._local().all_tasks}
-        if not known.issuperset(self.tasks):
-            known.update(_shipped().all_tasks)
-        for name in self.tasks:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.6))
-            require(
-                name in known,
-                f"{self.node}.tasks: lm-eval knows no {name}; near names are {near or 'none'}. Name one of its tasks, "
-                f"or give the directory of a readable file of it as {self.node}.task_dir (now {self.directory})",
-            )
-
-    def require_model_class(self) -> None:
-        """Raise ``ValueError`` where what lm-eval needs for models of transformers is not installed. Imports torch."""
-        try:
-            import lm_eval.models.huggingface  # noqa: F401
-        except ImportError as error:
-            raise self._not_installed(error) from error
-
-    def load(self) -> dict[str, Mapping[str, Any]]:
-        """By task, group or tag: lm-eval's objects, ``tasks`` and ``groups`` by name. Fetches their examples;
-        ``ValueError`` where they or a file cannot be read."""
-        local = self._local()
-        # A group or tag of a user's own may have members of lm-eval's.
-        whole = functools.cache(lambda: _shipped() if self.directory is None else _manager(include_path=self.directory))
-        loaded = {}
-        for name in self.tasks:
-            try:
-                loaded[name] = (local if name in local.all_subtasks else whole()).load([name])
-            except Exception as error:  # whatever the library of data sets, the hub or code of the task raises
-                raise ValueError(
-                    f"{self.node}.tasks: {name} cannot be loaded: {_reason(error)}; hub tasks need a network, or their "
-                    "examples in the cache of Hugging Face datasets"
-                ) from error
-        return loaded
-
-    def _local(self) -> Any:
-        """The manager of the user's own task files alone."""
-        try:
-            return _manager(include_path=self.directory, include_defaults=False)
-        except ImportError as error:
-            raise self._not_installed(error) from error
-
-    def _not_installed(self, error: ImportError) -> ValueError:
-        return ValueError(
-            f"{self.node}.tasks={list(self.tasks)} needs the package lm-eval ({error}); "
-            f"pip install 'lm-eval[hf]>={MIN_VERSION}', or set {self.node}.tasks=[]"
-        )
-
-
-def _manager(**options: Any) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    path = options.pop("include_path", None)
-    return TaskManager(include_path=None if path is None else Path(path).expanduser(), **options)
-
-
-@functools.cache
-def _shipped() -> Any:
-    """The manager of lm-eval's own tasks, whose index of thousands of files takes seconds."""
-    return _manager()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """How a model does a task."""
-
-    metric: str
-    """lm-eval's name, with the filter of answers where there is one: ``acc``, ``exact_match,strict-match``."""
-    value: float
-    """Higher is better."""
-    stderr: float | None
-    """lm-eval's standard error; None where it has none."""
-    n: int
-    """Examples; of a group, those of all its tasks."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tasks:
     """Tasks with their examples, for any number of models."""
 
@@ -150,28 +36,33 @@ class Tasks:
     """By task of the configuration, which may be a group: lm-eval's objects, as :meth:`TaskChoice.load` gives them."""
 
     @classmethod
-    def read(cls, choice: TaskChoice, *, output_types: Collection[str]) -> Tasks:
-        """Tasks of ``output_types``.
+    def read(cls, choice: TaskChoice) -> Tasks:
+        """The tasks of ``choice``.
 
         Raises:
-            ValueError: lm-eval is not installed, a task is unknown, of another type or cannot be read, or its questions
-                cannot be put.
+            ValueError: lm-eval is not installed, a task is unknown, of another type or cannot be read, two have one
+                task with different settings, no metric can stand for one, or its questions cannot be put.
         """
-        choice.require_known()
+        choice.installed_version()
+        choice.require_usable()
         choice.require_model_class()
         tasks = cls(choice=choice, loaded=choice.load())
+        with seeded():  # lm-eval draws where it is asked for a task's name
+            tasks._require_one_setting()
         for name, task in tasks.members.items():
+            choice.require_type(name, task.OUTPUT_TYPE)
+            choice.require_no_code(name, getattr(task, "UNSAFE_CODE", False))
             require(
-                task.OUTPUT_TYPE in output_types,
-                f"{choice.node}.tasks: {name} is of type {task.OUTPUT_TYPE}; give tasks of type "
-                f"{' or '.join(output_types)}",
+                not getattr(task, "MULTIMODAL", False),
+                f"{choice.node}.tasks: {name} shows images or plays sounds; give tasks of text alone",
             )
-            _require_runnable(task, f"{choice.node}.tasks: {name}")
             # Both as lm-eval's own command does: a task that says 0 stays without.
             own = task.get_config("num_fewshot")
             if own is None or (own != 0 and choice.num_fewshot is not None):
                 task.set_config(key="num_fewshot", value=choice.num_fewshot or 0)
-        tasks._put_one_question()
+        if not choice.by_example:
+            tasks.main_metrics()
+        tasks._put_questions(limit=1)
         return tasks
 
     @property
@@ -179,68 +70,120 @@ class Tasks:
         """lm-eval's task objects by name, those of groups among them."""
         return {name: task for loaded in self.loaded.values() for name, task in loaded["tasks"].items()}
 
-    def main_metrics(self) -> dict[str, str]:
-        """By task of the configuration: the metric that its file lists first, which stands for it.
+    def main_metrics(self) -> dict[str, Metric]:
+        """By task of the configuration: the metric that stands for it.
+
+        That is the configuration's, else the first where more is better, with the first filter of answers.
 
         Raises:
-            ValueError: a tag or a group has no value of its own, or less is better, so that no share of the parent's
-                can be told.
+            ValueError: a tag or a group has no value of its own, the configuration's metric is not there, or less is
+                better, so that no share of the parent's can be told.
         """
-        metrics = {}
-        for name, loaded in self.loaded.items():
-            where, group = f"{self.choice.node}.tasks: {name}", loaded.get("groups", {}).get(name)
-            if group is None:
-                require(
-                    name in loaded["tasks"],
-                    f"{where} stands for several tasks without a value of the whole; name them: "
-                    f"{', '.join(loaded['tasks'])}",
-                )
-                metric = next(iter(loaded["tasks"][name].aggregation()))
-            else:
-                require(
-                    group.has_aggregation,
-                    f"{where} is a group without a value of the whole (aggregate_metric_list); name its members: "
-                    f"{', '.join(group.child_names)}",
-                )
-                metric = group.aggregate_metric_list[0].metric
-            require(
-                all(task.higher_is_better().get(metric, True) for task in loaded["tasks"].values()),
-                f"{where} is measured by {metric}, where less is better, and has no share of the parent's; "
-                "give tasks where more is better",
-            )
-            metrics[name] = metric
-        return metrics
+        return {name: self._main_metric(name, loaded) for name, loaded in self.loaded.items()}
 
-    def require_room(self, max_positions: int, model: str) -> None:
-        """Raise ``ValueError`` where answers are to be as long as all ``max_positions`` of ``model``."""
+    def _main_metric(self, name: str, loaded: Mapping[str, Any]) -> Metric:
+        group, tasks = loaded.get("groups", {}).get(name), loaded["tasks"]
+        filters: list[str] = []
+        if group is None:
+            if name not in tasks:
+                self.choice.refuse_tag(name, [*tasks])
+            metrics = [*tasks[name].aggregation()]
+        else:
+            if not group.has_aggregation:
+                self.choice.refuse_group(name, group.child_names)
+            metrics = [each.metric for each in group.aggregate_metric_list]
+        more_is_better = {
+            metric: all(bool(task.higher_is_better().get(metric, True)) for task in tasks.values())
+            for metric in metrics
+        }
+        metric = choose_metric(self.choice.node, name, more_is_better, self.choice.metrics.get(name))
+        if group is not None:
+            filters = next(each for each in group.aggregate_metric_list if each.metric == metric).filter_list or []
+        first = next(iter(tasks.values()))
+        return Metric(name=metric, filter=filters[0] if filters else first._filters[0].name)
+
+    def num_truncated(self, tokenizer: Any, max_positions: int) -> dict[str, int]:
+        """By task of the configuration: examples of which a question loses its beginning in ``max_positions`` tokens.
+
+        Raises:
+            ValueError: all examples of a task do, an answer alone fills the positions, or answers are to be as long.
+        """
+        self._require_room_to_generate(max_positions)
+        self._put_questions(limit=self.choice.limit)
+        cut = {name: self._num_cut(name, task, tokenizer, max_positions) for name, task in self.members.items()}
+        return {name: sum(cut[member] for member in loaded["tasks"]) for name, loaded in self.loaded.items()}
+
+    def _num_cut(self, name: str, task: Any, tokenizer: Any, max_positions: int) -> int:
+        cut = set()
+        for request in task.instances:
+            if request.request_type == "loglikelihood":
+                question, answer = request.args
+                # The last token of the answer is asked for, not read.
+                room = max_positions + 1
+                require(
+                    _num_tokens(tokenizer, answer) < room,
+                    f"{self.choice.node}.tasks: an answer of {name} fills the {max_positions} positions that all "
+                    "models have, without its question; leave it out",
+                )
+                length = _num_tokens(tokenizer, question + answer) + (question == "")
+            elif request.request_type == "generate_until":
+                length, room = _num_tokens(tokenizer, request.args[0]), max_positions - _generated_tokens(task)
+            else:
+                continue  # whole documents, read window by window
+            if length > room:
+                cut.add(request.doc_id)
+        num_examples = len({request.doc_id for request in task.instances})
+        require(
+            len(cut) < num_examples,
+            f"{self.choice.node}.tasks: with {task.get_config('num_fewshot')} worked examples, none of the "
+            f"{num_examples} questions of {name} fits the {max_positions} positions that all models have; ask for "
+            f"fewer ({self.choice.node}.num_fewshot), or leave it out",
+        )
+        return len(cut)
+
+    def _require_room_to_generate(self, max_positions: int) -> None:
         for name, task in self.members.items():
             if task.OUTPUT_TYPE == "generate_until":
-                options = task.get_config("generation_kwargs") or {}
-                names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-                length = next((options[key] for key in names if options.get(key)), DEFAULT_GENERATED_TOKENS)
+                length = _generated_tokens(task)
                 require(
                     length < max_positions,
                     f"{self.choice.node}.tasks: {name} generates up to {length} tokens, beyond the {max_positions} "
-                    f"positions of {model}; leave it out, or set its generation_kwargs.max_gen_toks lower in a file of "
-                    f"your own ({self.choice.node}.task_dir)",
+                    "positions that all models have; leave it out, or set its generation_kwargs.max_gen_toks lower in "
+                    f"a file of your own ({self.choice.node}.task_dir)",
                 )
 
     def draw_fewshot(self) -> None:
         """Start the draw of worked examples anew: every model is to see the same ones."""
         for task in self.members.values():
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
 
-    def _put_one_question(self) -> None:
+    def _require_one_setting(self) -> None:
+        """lm-eval runs a task once per name, whatever number of groups it is of."""
+        seen: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, loaded in self.loaded.items():
+            group = loaded.get("groups", {}).get(name)
+            for task in loaded["tasks"].values() if group is None else group.get_all_tasks():
+                settings = task.dump_config()
+                earlier, other = seen.setdefault(task.task_name, (name, settings))
+                differing = [key for key in {**other, **settings} if other.get(key) != settings.get(key)]
+                require(
+                    not differing,
+                    f"{self.choice.node}.tasks: {earlier} and {name} have {task.task_name} with different settings "
+                    f"({', '.join(differing)}), and one step runs it with one of them; evaluate them in two steps",
+                )
+
+    def _put_questions(self, limit: int | None) -> None:
         """Templates, splits and the number of worked examples fail here, before any model is loaded."""
         self.draw_fewshot()
         for name, task in self.members.items():
             try:
-                with _without_noise():
-                    task.build_all_requests(limit=1, rank=0, world_size=1)
+                with _without_noise(), seeded():
+                    task.build_all_requests(limit=limit, rank=0, world_size=1)
             except Exception as error:  # templates and code of the task raise what they like
+                which = "the first question" if limit == 1 else "a question"
                 raise ValueError(
-                    f"{self.choice.node}.tasks: the first question of {name} cannot be put with "
-                    f"{task.get_config('num_fewshot')} worked examples: {_reason(error)}; correct its file, or "
+                    f"{self.choice.node}.tasks: {which} of {name} cannot be put with "
+                    f"{task.get_config('num_fewshot')} worked examples: {reason(error)}; correct its file, or "
                     "ask for fewer"
                 ) from error
 
@@ -273,7 +216,13 @@ class Harness:
 
         with _without_noise():
             lm = HFLM(
-                pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_positions
+                pretrained=model,
+                backend="causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_positions,
+                # The data type of the logits would round likelihoods that are summed and compared.
+                softmax_dtype="float32",
             )
         return cls(tasks=tasks, model=model, lm=lm, progress=progress)
 
@@ -301,7 +250,8 @@ class Harness:
         """
         metrics = self.tasks.main_metrics()
         found = self._run(bootstrap_iterations=BOOTSTRAP_ITERATIONS)["results"]
-        return {name: self._result(name, metric, found[name]) for name, metric in metrics.items()}
+        node = self.tasks.choice.node
+        return {name: read_result(node, name, metric, found[name]) for name, metric in metrics.items()}
 
     def _run(self, *, bootstrap_iterations: int) -> Mapping[str, Any]:
         from lm_eval.evaluator import evaluate
@@ -309,7 +259,7 @@ class Harness:
         groups = {name: group for loaded in self.tasks.loaded.values() for name, group in loaded["groups"].items()}
         self.tasks.draw_fewshot()
         bars = _shown_answers(self.lm) if self.progress else nullcontext()
-        with _without_cache(self.model), bars, _without_noise():
+        with _without_cache(self.model), bars, _without_noise(), seeded():
             return evaluate(
                 self.lm,
                 {"tasks": self.tasks.members, "groups": groups},
@@ -325,33 +275,17 @@ class Harness:
         )
         return float(sample["acc"])
 
-    def _result(self, name: str, metric: str, found: Mapping[str, Any]) -> TaskResult:
-        key = next((key for key in found if key.partition(",")[0] == metric), None)
-        value = None if key is None else found[key]
-        require(
-            isinstance(value, int | float) and math.isfinite(value),
-            f"{self.tasks.choice.node}.tasks: lm-eval gives {value} as {metric} of {name}, which is no number; "
-            "leave it out",
-        )
-        assert key is not None
-        assert value is not None
-        filter_name = key.partition(",")[2]
-        stderr = found.get(f"{metric}_stderr,{filter_name}")
-        is_known = isinstance(stderr, int | float) and math.isfinite(stderr)
-        return TaskResult(
-            metric=metric if filter_name == "none" else key,
-            value=float(value),
-            stderr=float(stderr) if is_known and stderr is not None else None,
-            n=int(found["sample_len"]),
-        )
+
+def _generated_tokens(task: Any) -> int:
+    options = task.get_config("generation_kwargs") or {}
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    return int(next((options[key] for key in names if options.get(key)), DEFAULT_GENERATED_TOKENS))
 
 
-def _require_runnable(task: Any, where: str) -> None:
-    require(
-        not getattr(task, "UNSAFE_CODE", False),
-        f"{where} runs code that the model writes, which this program does not; leave it out",
-    )
-    require(not getattr(task, "MULTIMODAL", False), f"{where} shows images or plays sounds; give tasks of text alone")
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    """As lm-eval counts: with the tokenizer's own first token, unless the text has it."""
+    bos = tokenizer.bos_token
+    return len(tokenizer.encode(text, **({"add_special_tokens": False} if bos and text.startswith(bos) else {})))
 
 
 @contextmanager
@@ -389,7 +323,3 @@ def _writing_to(stream: TextIO, method: Callable[..., Any]) -> Callable[..., Any
             return method(*args, **options)
 
     return call
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from distill.config import require
 from distill.distributed import gather_objects, is_main
 from puzzle.config import ScoreConfig
-from puzzle.lm_eval_tasks import COMPARING, Accuracies, Harness, TaskChoice, Tasks
+from puzzle.lm_eval_index import TaskChoice
+from puzzle.lm_eval_tasks import Accuracies, Harness, Tasks
 from puzzle.model.architecture import Architecture, BlockConfig
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 from puzzle.replacement_runs import ReplacedTensors, variant_block
@@ -48,12 +49,14 @@ def add_task_scores(
         parent.num_slices == 1,
         f"scores.tasks: lm-eval runs whole models, engine.slices={parent.num_slices}; set it to 1, or scores.tasks=[]",
     )
-    choice = TaskChoice(node="scores", tasks=config.tasks, directory=config.task_dir, limit=config.task_limit)
     # Generation would need a KV cache, in which a block that is built alone would take the first block's place.
+    choice = TaskChoice(
+        node="scores", tasks=config.tasks, directory=config.task_dir, limit=config.task_limit, by_example=True
+    )
     harness = Harness.around(
         parent.model,
         tokenizer,
-        Tasks.read(choice, output_types=COMPARING),
+        Tasks.read(choice),
         batch_size=config.batch_size,
         max_positions=architecture.max_positions,
         progress=False,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
-from distill.config import require
+from distill.config import EvaluateConfig, require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import load_tokenizer, require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
@@ -21,7 +20,8 @@ from distill.recovered import retained_accuracy_frac
 from distill.retrieval import NUM_CANDIDATES, make_probe, measure_lengths
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import EvaluateStage
-from puzzle.lm_eval_tasks import WHOLE_MODEL, Harness, TaskChoice, Tasks
+from puzzle.lm_eval_index import TaskChoice
+from puzzle.lm_eval_tasks import Harness, Tasks
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.modeling_decilm import DeciLMForCausalLM
 
@@ -41,7 +41,7 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
             evaluate.seq_len <= max_positions[name],
             f"evaluate.seq_len={evaluate.seq_len} is beyond the {max_positions[name]} positions of {name}; lower it",
         )
-    tasks = _read_tasks(config, max_positions)
+    questions = _Questions.read(evaluate, inputs["parent"].path, min(max_positions.values()))
     sequences = dataset.split("validation").first(evaluate.num_sequences, evaluate.seq_len)
     probes = {length: make_probe(dataset, evaluate, length=length, seed=config.seed) for length in evaluate.lengths}
 
@@ -49,6 +49,11 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
     parent = load_model(inputs["parent"].path, device=device, dtype=dtype)
     models: dict[str, dict[str, Any]] = {}
     for name in tqdm(names, desc="evaluate", unit="model", leave=False):
+        # Models that a killed attempt finished: large ones take hours each.
+        kept = context.resume / f"model-{name}.json"
+        if kept.is_file():
+            models[name] = json.loads(kept.read_text())
+            continue
         is_parent = name == "parent"
         model = parent if is_parent else load_model(inputs[name].path, device=device, dtype=dtype)
         quality = evaluate_model(
@@ -65,9 +70,10 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
             "top1_agreement_frac": 1.0 if is_parent else quality["top1_agreement_frac"],
             "by_length": measure_lengths(model, probes, max_positions=max_positions[name], chunk_tokens=CHUNK_TOKENS),
         }
-        if tasks is not None:
-            done = _do_tasks(model, inputs[name].path, tasks, config, max_positions[name])
+        if questions is not None:
+            done = questions.put_to(model, inputs[name].path)
             models[name] |= _beside_parent(done, models["parent"].get("tasks", done))
+        _write_whole(kept, models[name])
         del model  # before the next one is loaded: two large models fit where three do not
     report = {
         "models": models,
@@ -79,39 +85,55 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
     return StageResult(headline=_headline(models), metrics=report)
 
 
-def _read_tasks(config: EvaluateStage, max_positions: Mapping[str, int]) -> Tasks | None:
-    """None where there are none. All that can be wrong with them is said here, before a model is loaded."""
-    evaluate = config.evaluate
-    if not evaluate.tasks:
-        return None
-    choice = TaskChoice(
-        node="evaluate",
-        tasks=evaluate.tasks,
-        directory=evaluate.task_dir,
-        limit=evaluate.task_limit,
-        num_fewshot=evaluate.num_fewshot,
-    )
-    tasks = Tasks.read(choice, output_types=WHOLE_MODEL)
-    tasks.main_metrics()
-    for name, positions in max_positions.items():
-        tasks.require_room(positions, name)
-    return tasks
+@dataclass(frozen=True, kw_only=True)
+class _Questions:
+    """Tasks, put alike to every model."""
+
+    tasks: Tasks
+    max_positions: int
+    """Those that all models have: longer questions lose the same beginning in all of them."""
+    num_truncated: Mapping[str, int]
+    batch_size: int
+
+    @classmethod
+    def read(cls, evaluate: EvaluateConfig, parent: Path, max_positions: int) -> _Questions | None:
+        """None where there are none. All that can be wrong with them is said here, before a model is loaded."""
+        if not evaluate.tasks:
+            return None
+        choice = TaskChoice(
+            node="evaluate",
+            tasks=evaluate.tasks,
+            directory=evaluate.task_dir,
+            limit=evaluate.task_limit,
+            num_fewshot=evaluate.num_fewshot,
+            metrics=evaluate.task_metrics or {},
+        )
+        tasks = Tasks.read(choice)
+        num_truncated = tasks.num_truncated(load_tokenizer(parent), max_positions)
+        return cls(
+            tasks=tasks, max_positions=max_positions, num_truncated=num_truncated, batch_size=evaluate.batch_size
+        )
+
+    def put_to(self, model: DeciLMForCausalLM, directory: Path) -> dict[str, dict[str, Any]]:
+        harness = Harness.around(
+            model,
+            load_tokenizer(directory),
+            self.tasks,
+            batch_size=self.batch_size,
+            max_positions=self.max_positions,
+            progress=True,
+        )
+        return {
+            task: {**asdict(result), "num_truncated": self.num_truncated[task]}
+            for task, result in harness.results().items()
+        }
 
 
-def _do_tasks(
-    model: DeciLMForCausalLM, directory: Path, tasks: Tasks, config: EvaluateStage, max_positions: int
-) -> dict[str, dict[str, Any]]:
-    # For tasks that sample their answers.
-    torch.manual_seed(config.seed)
-    harness = Harness.around(
-        model,
-        load_tokenizer(directory),
-        tasks,
-        batch_size=config.evaluate.batch_size,
-        max_positions=max_positions,
-        progress=True,
-    )
-    return {task: asdict(result) for task, result in harness.results().items()}
+def _write_whole(file: Path, row: Mapping[str, Any]) -> None:
+    """A kill leaves the whole of ``file`` or none of it."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(row))
+    unfinished.replace(file)
 
 
 def _beside_parent(done: Mapping[str, Mapping[str, Any]], parent: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,6 +156,11 @@ def _headline(models: dict[str, dict[str, Any]]) -> str:
         for name, row in others.items()
         if row.get("tasks_recovery_frac") is not None
     ]
-    num_tasks = len(models["parent"].get("tasks", ()))
-    of_tasks = f"; {num_tasks} {'task' if num_tasks == 1 else 'tasks'} recovered: {', '.join(kept)}" if kept else ""
-    return headline + of_tasks
+    return headline + (f"; {_counted(models['parent']['tasks'])} recovered: {', '.join(kept)}" if kept else "")
+
+
+def _counted(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """``3 tasks``, ``1 of 2 tasks`` where the parent fails in one, so that no share of it can be told."""
+    num_told = sum(task["recovery_frac"] is not None for task in tasks.values())
+    of_all = f"{num_told} of " if num_told < len(tasks) else ""
+    return f"{of_all}{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}"

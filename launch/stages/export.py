@@ -25,7 +25,7 @@ from puzzle.config import ExportConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, check_tensors, has_tokenizer, read_architecture
 from puzzle.model.compatibility import TargetReport, compatibility, require_loadable
-from puzzle.model.fp8_directory import Fp8Error
+from puzzle.model.fp8_check import Fp8Error
 from puzzle.model.rewrites import rewritten
 from puzzle.model.rewritten_tensors import rewritten_tensors
 from puzzle.model.target_directory import (
@@ -60,7 +60,7 @@ def run(config: ExportStage, inputs: Inputs, context: StageContext) -> StageResu
     export, model_dir = config.export, inputs["model"].path
     source = read_architecture(model_dir)
     require(len(export.targets) > 0, "export.targets is empty; name an engine")
-    require_loadable(source, export.targets, name="export.targets", quantization=export.quantization)
+    require_loadable(source, export.targets, name="export.targets")
     require(has_tokenizer(model_dir), f"{model_dir} has no tokenizer, and the export needs one; import the model anew")
     forms = _forms(source, export.targets)
     with TensorReader(model_dir) as reader:

@@ -101,7 +101,7 @@ class CheckpointWriter:
         Args:
             dtype: data type of all stored tensors that are not quantised.
             max_shard_bytes: of the tensors of one file; a larger tensor has a file of its own.
-            quantization: fp8: the tensors are those of :func:`puzzle.model.fp8.quantized_tensors`.
+            quantization: fp8_dynamic: the tensors are those of :func:`puzzle.model.fp8.quantized_tensors`.
 
         Raises:
             ValueError: ``directory`` already holds weights.
@@ -111,7 +111,7 @@ class CheckpointWriter:
         self.directory = directory
         self.architecture = architecture
         self.dtype = dtype
-        self._is_fp8 = quantization == "fp8"
+        self._is_fp8 = quantization == "fp8_dynamic"
         self._missing = fp8_shapes(architecture) if self._is_fp8 else tensor_shapes(architecture)
         self._dtypes = fp8_dtypes(architecture, dtype) if self._is_fp8 else dict.fromkeys(self._missing, dtype)
         self._shards = ShardWriter(directory, self._missing, self._dtypes, max_shard_bytes=max_shard_bytes)

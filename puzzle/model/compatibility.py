@@ -15,7 +15,7 @@ from typing import Any, Literal
 from distill.config import require
 from puzzle.model.architecture import Architecture
 from puzzle.model.rewrites import kv_head_counts, rewritten
-from puzzle.model.targets import TARGETS, Quantization, Target
+from puzzle.model.targets import NO_FP8, TARGETS, Quantization, Target
 
 Status = Literal["loads", "loads_rewritten", "cannot"]
 
@@ -59,12 +59,12 @@ def report(target: Target, architecture: Architecture, quantization: Quantizatio
     """What ``target`` does with ``architecture``, its weights stored as ``quantization`` says."""
     form, done = rewritten(target, architecture)
     reasons = _reasons(target, form)
-    if quantization == "fp8" and target in NO_FP8:
+    if quantization == "fp8_dynamic" and target in NO_FP8:
         reasons = (*reasons, NO_FP8[target])
     status: Status = "cannot" if reasons else "loads_rewritten" if done else "loads"
     rewrites = () if reasons else tuple(what for _, what in done)
     notes = _NOTES[target]
-    if quantization == "fp8" and not reasons:
+    if quantization == "fp8_dynamic" and not reasons:
         notes = (*notes, _FP8_NOTE, *(_FP8_IN_TRANSFORMERS if target == "transformers" else ()))
     return TargetReport(target=target, status=status, reasons=reasons, rewrites=rewrites, notes=notes)
 
@@ -75,11 +75,9 @@ def costly_rewrites(target: Target, architecture: Architecture) -> dict[str, str
     return {rewrite.name: what for rewrite, what in done if rewrite.adds_cost}
 
 
-def require_loadable(
-    architecture: Architecture, targets: Sequence[Target], *, name: str, quantization: Quantization = "none"
-) -> None:
+def require_loadable(architecture: Architecture, targets: Sequence[Target], *, name: str) -> None:
     """Raise ``ValueError`` where one of ``targets`` cannot load ``architecture``; ``name`` is the configuration key."""
-    reports = (report(target, architecture, quantization) for target in targets)
+    reports = (report(target, architecture) for target in targets)
     refused = [found for found in reports if found.status == "cannot"]
     reasons = "; ".join(f"{found.target} cannot load this model: {', '.join(found.reasons)}" for found in refused)
     names = ", ".join(found.target for found in refused)
@@ -109,14 +107,6 @@ _FP8_NOTE = "FP8 matrices with a scale per output channel; their inputs are quan
 _FP8_IN_TRANSFORMERS = (
     "needs package compressed-tensors; CompressedTensorsConfig(dequantize=True) runs it dequantised",
 )
-NO_FP8: dict[Target, str] = {
-    "llama_cpp": "a GGUF file has no FP8 (export it with export.quantization=none and let llama-quantize make Q8_0)",
-    "mlx": "MLX-LM takes all compressed-tensors for 4-bit integers (export with export.quantization=none and let "
-    "mlx_lm.convert quantise)",
-    "megatron": "Megatron-LM starts from unquantised weights and casts to FP8 itself (export with "
-    "export.quantization=none and pass --fp8-format)",
-}
-"""Engines that read no FP8 checkpoint: why, and the way out."""
 
 
 def _window_is_felt(architecture: Architecture) -> bool:

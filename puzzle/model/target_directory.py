@@ -11,7 +11,7 @@ from torch import Tensor
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter, copy_tokenizer, dtype_name
 from puzzle.model.fp8 import quantized_tensors
-from puzzle.model.fp8_directory import Fp8Error, check_fp8
+from puzzle.model.fp8_check import Fp8Error, check_fp8
 from puzzle.model.megatron_arguments import ARGUMENTS_NAME, LAYERS_NAME, arguments, layers_json
 
 
@@ -54,12 +54,12 @@ def write_fp8_directory(
         ValueError: what was written is not what the weights round to.
     """
     with CheckpointWriter(
-        out, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, quantization="fp8"
+        out, architecture, dtype=dtype, max_shard_bytes=max_shard_bytes, quantization="fp8_dynamic"
     ) as writer:
         for name, tensor in quantized_tensors(tensors(), architecture):
             writer.add(name, tensor)
     copy_tokenizer(tokenizer_from, out)
-    return check_fp8(out, tensors())
+    return check_fp8(out, architecture, tensors())
 
 
 def add_megatron_files(directory: Path, architecture: Architecture, dtype: torch.dtype) -> None:

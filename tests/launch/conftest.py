@@ -243,8 +243,16 @@ def additivity_file() -> dict[str, Any]:
 def tasks_done(lm_loss_gap: float) -> dict[str, Any]:
     """Two lm-eval tasks that suffer with the loss; the parent can do only the first."""
     kept = 1 - lm_loss_gap / 4
-    mmlu = {"metric": "acc", "value": 0.5 * kept, "stderr": 0.004, "n": 14042, "recovery_frac": kept}
-    solved = {"metric": "exact_match,strict-match", "value": 0.0, "stderr": None, "n": 1319, "recovery_frac": None}
+    mmlu = {
+        "metric": "acc",
+        "value": 0.5 * kept,
+        "stderr": 0.004,
+        "n": 14042,
+        "num_truncated": 0,
+        "recovery_frac": kept,
+    }
+    solved = {**mmlu, "metric": "exact_match,strict-match", "value": 0.0, "stderr": None, "n": 1319}
+    solved |= {"num_truncated": 7, "recovery_frac": None}
     return {"tasks": {"mmlu": mmlu, "gsm8k": solved}, "tasks_recovery_frac": kept}
 
 

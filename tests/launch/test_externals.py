@@ -279,7 +279,7 @@ def test_vllm_is_known_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("node", ["scores", "evaluate"])
 def test_tasks_depend_on_lm_eval_and_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str) -> None:
-    monkeypatch.setattr(externals.TaskChoice, "require_known", lambda _: None)
+    monkeypatch.setattr(externals.TaskChoice, "require_usable", lambda _: None)
 
     def found(version: str = "0.4.13", **settings: Any) -> dict[str, Any]:
         monkeypatch.setattr(externals.metadata, "version", lambda name: version)
@@ -293,11 +293,14 @@ def test_tasks_depend_on_lm_eval_and_own_files(tmp_path: Path, monkeypatch: pyte
         return externals_of(config)  # type: ignore[misc]
 
     assert found() == found(task_dir="unused") == {}
-    assert found(tasks=("arc",)) == {"lm_eval": "0.4.13", "fewshot_seed": 1234} != found("0.4.14", tasks=("arc",))
+    seeds = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
+    assert found(tasks=("arc",)) == {"lm_eval": "0.4.13", **seeds} != found("0.4.14", tasks=("arc",))
+    with pytest.raises(ValueError, match=rf"{node}\.tasks=.* needs lm-eval >= 0\.4\.13, and 0\.4\.9 is installed"):
+        found("0.4.9", tasks=("arc",))
     own = {"tasks": ("mine",), "task_dir": str(tmp_path)}
     (tmp_path / "mine.yaml").write_text("task: mine")
     before = found(**own)
-    assert set(before) == {"lm_eval", "fewshot_seed", "task_dir"}
+    assert set(before) == {"lm_eval", *seeds, "task_dir"}
     (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
     assert found(**own) != before
     with pytest.raises(ValueError, match=rf"{node}\.task_dir=/no/tasks does not exist"):

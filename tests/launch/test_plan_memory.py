@@ -185,6 +185,22 @@ def step_on(architecture: Architecture, **engine: object) -> Step:
     )
 
 
+def test_ddp_has_buckets_beside_its_gradients_by_hand(pico_architecture: Architecture) -> None:
+    """In the first step's micro-batches, which accumulate outside of them, and where they are made anew."""
+    values = num_params(pico_architecture)
+    step = step_on(pico_architecture, micro_batch_tokens=8192)
+    alone, pair = replace(step, batch_size=2), replace(step, batch_size=4, num_ranks=2)
+    assert training_memory(pair).total - training_memory(alone).total == 4 * values
+    short = training_memory(replace(step, batch_size=2, num_ranks=2, seq_len=2))
+    assert short.moment == "buckets made anew"
+    assert short.parts == {
+        "weights": 4 * values,
+        "optimizer": 8 * values,
+        "gradients": 4 * values,
+        "buffers": 4 * values,
+    }
+
+
 def test_the_fullest_moment_by_hand(pico_architecture: Architecture) -> None:
     """Autocast in one process: at the heads stand all that the blocks have saved, and bf16 copies of all weights."""
     memory = training_memory(step_on(pico_architecture))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from types import ModuleType
 
 import pytest
@@ -13,15 +13,13 @@ import torch
 
 from puzzle.model.architecture import NO_ATTENTION
 from puzzle.model.checkpoint import TensorReader, check_tensors, load_model, read_architecture, save_model
+from tests.fp8_models import import_benchmark
 from tests.launch.training_inputs import write_data, write_teacher
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("quantization"), importlib.import_module("ffn_in_fp8")
+    return import_benchmark("quantization", monkeypatch), import_benchmark("ffn_in_fp8", monkeypatch)
 
 
 @pytest.fixture
@@ -61,7 +59,9 @@ def test_table_of_models_and_formats_and_their_sum(
     (total,) = found["sums"]
     assert total["sum"] == rows["pruned", "bf16"]["kld"] + rows["parent", "fp8"]["kld"]
     assert total["excess"] == pytest.approx(rows["pruned", "fp8"]["kld"] - total["sum"])
-    assert total["excess_standard_error"] > 0
+    klds = [rows[key]["klds"] for key in (("pruned", "fp8"), ("pruned", "bf16"), ("parent", "fp8"))]
+    excesses = [both - fused - quantized for both, fused, quantized in zip(*klds, strict=True)]
+    assert total["excess_standard_error"] == pytest.approx(stdev(excesses) / 3**0.5)
     text = (tmp_path / "out" / "quantization.md").read_text()
     assert "| pruned | fp8 |" in text
     assert "beyond the sum" in text
@@ -81,6 +81,41 @@ def test_speed_is_refused_without_a_gpu(
     assert program.main([*arguments, "--device", "cuda"]) == 1
     assert "there is no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shorter_last_batch_weighs_less_in_mean_and_standard_error(
+    programs: tuple[ModuleType, ModuleType], arguments: list[str], tmp_path: Path
+) -> None:
+    program, _ = programs
+    assert program.main([*arguments, "--num-sequences", "5"]) == 0
+    found = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    for row in found["rows"]:
+        assert row["batch_sizes"] == [2, 2, 1]
+        assert row["kld"] == pytest.approx((2 * row["klds"][0] + 2 * row["klds"][1] + row["klds"][2]) / 5, abs=1e-12)
+    # Mean 3; squares 2 * 2**2 + 2 * 0**2 + 4**2 = 24.
+    assert program.standard_error([1.0, 3.0, 7.0], [2, 2, 1]) == pytest.approx((24 / 2 / 5) ** 0.5)
+    assert program.standard_error([1.0], [2]) is None
+
+
+def test_quality_is_written_before_speed_is_measured(
+    programs: tuple[ModuleType, ModuleType], arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, _ = programs
+    row = {"kld": 0.5, "lm_loss": 2.0, "top1_agreement_frac": 0.5, "klds": [0.4, 0.6], "batch_sizes": [2, 2]}
+    rows = [row | {"model": name, "format": kind} for name in ("parent", "pruned") for kind in ("bf16", "fp8")]
+
+    def interrupted(shape: object, device: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(program, "require_fp8", lambda device: None)
+    monkeypatch.setattr(program, "quality_rows", lambda *_: rows)
+    monkeypatch.setattr(program, "measure_speed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main([*arguments, "--device", "cuda", "--speed", "--shape", "64", "128", "2"])
+    assert "| pruned | fp8 |" in (tmp_path / "out" / "quantization.md").read_text()
+    assert json.loads((tmp_path / "out" / "quantization.json").read_text())["speed"] == []
 
 
 @torch.inference_mode()

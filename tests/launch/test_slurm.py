@@ -22,7 +22,7 @@ from launch.preemption import Preempted
 from launch.registry import STAGES, Stage
 from launch.rundir import RunDirectory
 from launch.single_step import committed, run_step
-from launch.slurm import StepJob, plan_jobs, submit
+from launch.slurm import StepJob, plan_jobs, plan_report, submit, submit_report, twins
 from launch.slurm_site import Container, SiteConfig, read_site
 from launch.stage import Inputs, StageContext, StageResult
 from launch.store import Store
@@ -265,9 +265,16 @@ def calls(directory: Path) -> list[str]:
 
 def small_jobs(run: RunDirectory) -> list[StepJob]:
     def job(step: str, *after: str) -> StepJob:
-        return StepJob(step=step, nodes=1, processes_per_node=1, after=after, script="#!/bin/bash\n")
+        return StepJob(
+            step=step, nodes=1, processes_per_node=1, after=after, artifact=f"made-{step}", script="#!/bin/bash\n"
+        )
 
     return [job("a"), job("b", "a"), job("c", "a", "b")]
+
+
+def in_queue(*rows: str) -> str:
+    """What a squeue does that tells ``rows``: id, reason and name of a job."""
+    return "; ".join(f"echo '{row}'" for row in rows)
 
 
 NUMBERED = 'case "$*" in *test-only*) exit 0;; esac; grep -c "^sbatch --parsable" $(dirname $0)/calls'
@@ -285,11 +292,52 @@ def test_jobs_wait_for_those_that_they_need(commands: Path, tmp_path: Path) -> N
         f"sbatch --parsable --dependency=afterok:1:2 --kill-on-invalid-dep=yes {scripts}/c.sbatch",
     ]
     assert all((run.path / "logs" / step).is_dir() for step in "abc")
-    stand_in(commands, "squeue", "echo 3")
+    stand_in(commands, "squeue", in_queue("3|Priority|r.c"))
     with pytest.raises(ValueError, match=r"run r has jobs in the queue \(c 3\); wait for them, or scancel 3"):
         submit(small_jobs(run), run)
     stand_in(commands, "squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     assert submit(small_jobs(run), run)["a"] == "4"
+
+
+def test_what_another_run_computes_is_waited_for_however_it_ends(commands: Path, tmp_path: Path) -> None:
+    stand_in(commands, "sbatch", NUMBERED)
+    first, second = (RunDirectory(root=tmp_path, name=name) for name in ("first", "second"))
+    assert twins(small_jobs(first), first) == {}
+    submit(small_jobs(first), first)
+    stand_in(commands, "squeue", in_queue("2|Priority|first.b", "3|Dependency|first.c"))
+    jobs = small_jobs(second)[:2]
+    assert twins(jobs, second) == {"b": "2"}, "job 1 has ended"
+    submit(jobs, second, twins(jobs, second))
+    assert calls(commands)[-1] == (
+        f"sbatch --parsable --dependency=afterok:4,afterany:2 --kill-on-invalid-dep=yes {second.path}/slurm/b.sbatch"
+    )
+    third = RunDirectory(root=tmp_path, name="third")
+    rows = ["2|None|first.b", "3|Dependency|first.c", "4|None|second.a", "5|Dependency|second.b"]
+    stand_in(commands, "squeue", in_queue(*rows))
+    assert twins(jobs, third) == {"a": "4", "b": "2"}, "the one that computes, not one that waits for it"
+    stand_in(commands, "squeue", in_queue("2|JobHeldUser|first.b", "4|None|of another controller"))
+    assert twins(jobs, third) == {}, "one may be held for ever, the other has only the number of a job that has ended"
+
+
+def test_the_page_of_a_sweep_waits_for_all_jobs_of_its_runs(commands: Path, tmp_path: Path) -> None:
+    stand_in(commands, "sbatch", NUMBERED)
+    stand_in(commands, "scancel", "")
+    stand_in(commands, "squeue", "")
+    run, sweep = (RunDirectory(root=tmp_path, name=name) for name in ("run", "sweep"))
+    script = plan_report(sweep, "demo", cluster=ClusterConfig(kind="slurm"), site=SiteConfig())
+    assert f" -m launch report {sweep.path}\n" in script
+    assert "gpus" not in script, "it needs none"
+    submit(small_jobs(run), run)
+    assert submit_report(script, sweep, [run]) is None, "they all have ended"
+    rows = [
+        *(f"{number}|None|run.{step}" for number, step in zip("123", "abc", strict=True)),
+        "4|Dependency|sweep.report",
+    ]
+    stand_in(commands, "squeue", in_queue(*rows))
+    assert submit_report(script, sweep, [run]) == "4"
+    assert "--dependency=afterany:1:2:3 " in calls(commands)[-1]
+    assert submit_report(script, sweep, [run]) == "5"
+    assert calls(commands)[-1] == "scancel 4", "it has taken the place of the one before"
 
 
 def test_a_refusal_comes_before_anything_is_submitted(commands: Path, tmp_path: Path) -> None:

@@ -239,6 +239,26 @@ def test_joblib_runs_points_in_processes_of_its_own(
     assert list(runs["unfinished"]) == ["2: prune_attention.num_attentions=9"]
 
 
+def test_under_slurm_a_run_whose_steps_are_all_there_has_its_links_and_report_at_once(
+    root: Path, pico_parent_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "site.yaml").write_text("gpu_request: null\n")
+    monkeypatch.setenv("FUSION_SITE", str(tmp_path / "site.yaml"))
+    settings = ["optim.lr=1e-3", "prune_attention.num_attentions=3", "cluster=slurm", "cluster.gpus_per_node=1"]
+    assert main(["attention_fusion", *pico_overrides(pico_parent_dir, root), *settings, "run.name=again"]) == 0
+    assert "all steps of again are committed; nothing to submit" in capsys.readouterr().out
+    again = RunDirectory(root=root, name="again")
+    assert again.read_steps().keys() == RunDirectory.at(finished(root)[0]).read_steps().keys()
+    assert (again.path / "report" / "index.html").is_file()
+
+
+def test_slurm_and_a_launcher_are_refused_together(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["demo", "--multirun", "seed=1,2", f"run.root={tmp_path}", "cluster=slurm", "cluster.gpus_per_node=1"]
+    assert main([*command, "hydra/launcher=joblib"]) == 2
+    assert "cluster=slurm submits every run as a chain of jobs, and hydra/launcher=joblib" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_submitit_runs_points_as_jobs(root: Path, pico_parent_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("submitit")

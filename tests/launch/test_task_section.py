@@ -27,8 +27,8 @@ def test_the_page_has_every_task_by_every_model(full_steps: dict[str, Artifact],
     assert head == ["task", "metric", "examples", "parent", "child", "fused", "distilled", "extended"]
     assert subhead == ["value", *4 * ["value", "recovered"]]
     assert mmlu[:6] == ["mmlu", "acc", "14,042", "0.500 ± 0.004", "0.450 ± 0.004", "90.0%"]
-    assert gsm8k == ["gsm8k", "exact_match,strict-match", "1,319", "0.000", *4 * ["0.000", "\N{EN DASH}"]]
-    assert [cell for cell in mean if cell] == ["mean", "90.0%", "85.0%", "96.2%", "97.0%"]
+    assert gsm8k == ["gsm8k", "exact_match,strict-match", "1,319 (7 cut)", "0.000", *4 * ["0.000", "\N{EN DASH}"]]
+    assert [cell for cell in mean if cell] == ["mean of 1 of 2 tasks", "90.0%", "85.0%", "96.2%", "97.0%"]
 
 
 def test_without_tasks_there_is_no_section(short: Any, tmp_path: Path) -> None:

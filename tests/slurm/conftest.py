@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,6 +139,19 @@ class Cluster:
             return set(self.command("sinfo", "--noheader", "--format=%T").split())
         except AssertionError:
             return set()
+
+
+def launch(cluster: Cluster, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def site_file(directory: Path, **further: str) -> str:
+    path = directory / "site.yaml"
+    path.write_text(json.dumps({"gpu_request": None, "environment": {"HF_HUB_OFFLINE": "1"}, **further}))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

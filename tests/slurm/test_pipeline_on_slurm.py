@@ -7,14 +7,13 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Cluster, wait_for
+from tests.slurm.conftest import Cluster, launch, site_file, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -60,19 +59,6 @@ def settings(pico_parent_dir: Path, tmp_path: Path) -> list[str]:
     text = tmp_path / "text"
     shutil.copytree(Path(json.__file__).parents[1] / "asyncio", text, ignore=shutil.ignore_patterns("__pycache__"))
     return [*SETTINGS, f"model.source={pico_parent_dir}", f"data.sources.0.path={text}"]
-
-
-def launch(cluster: Cluster, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def site_file(directory: Path, **further: str) -> str:
-    path = directory / "site.yaml"
-    path.write_text(json.dumps({"gpu_request": None, "environment": {"HF_HUB_OFFLINE": "1"}, **further}))
-    return str(path)
 
 
 def rank_processes(run: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from launch.stage import StageContext, StageResult
 from launch.stage_configs import ExportStage
 from launch.stages import export
 from puzzle.config import ExportConfig
-from puzzle.model import target_directory
+from puzzle.model import target_directory, tensor_reader
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model
 from puzzle.model.fp8 import (
@@ -31,9 +32,9 @@ from puzzle.model.fp8 import (
     quantize,
     quantized_tensors,
 )
-from puzzle.model.fp8_directory import check_fp8, dequantized_weights, load_dequantized
-from puzzle.model.fp8_linear import Fp8Linear, with_fp8_linears
+from puzzle.model.fp8_check import check_fp8
 from puzzle.model.tensor_layout import tensor_shapes
+from tests.fp8_models import dequantized_weights, import_benchmark, load_dequantized
 
 KV1, KV2 = (AttentionConfig(num_kv_heads=heads) for heads in (1, 2))
 W512, WIDE = FFNConfig(ffn_dim=512), FFNConfig(ffn_dim=2048)
@@ -42,7 +43,7 @@ DOWN = "model.layers.3.mlp.down_proj.weight"
 
 
 def _run(model_dir: Path, out: Path, **config: Any) -> StageResult:
-    stage = ExportStage(export=ExportConfig(quantization="fp8", **config))
+    stage = ExportStage(export=ExportConfig(quantization="fp8_dynamic", **config))
     context = StageContext(out=out, resume=out, pool=out, run_name="run", step_name="export")
     return export.run(stage, {"model": SimpleNamespace(path=model_dir)}, context)  # type: ignore[dict-item]
 
@@ -162,10 +163,10 @@ def test_scales_of_zeros_are_one(pico_architecture: Architecture, pico_parent_di
 
 def test_report_and_metrics_say_quantisation_and_bytes(child_dir: Path, tmp_path: Path) -> None:
     result = _run(child_dir, tmp_path / "out", targets=("transformers", "vllm"))
-    assert result.headline.endswith(", stored in FP8")
-    assert result.metrics["quantization"] == "fp8"
+    assert result.headline.endswith(", stored in FP8_DYNAMIC")
+    assert result.metrics["quantization"] == "fp8_dynamic"
     content = json.loads((tmp_path / "out" / "compatibility.json").read_text())
-    assert content["quantization"] == "fp8"
+    assert content["quantization"] == "fp8_dynamic"
     reports = {report["target"]: report for report in content["targets"]}
     size = (tmp_path / "out" / "vllm" / "model.safetensors").stat().st_size
     assert reports["vllm"]["bytes"] == result.metrics["bytes"]["vllm"] == size
@@ -183,13 +184,10 @@ def test_report_and_metrics_say_quantisation_and_bytes(child_dir: Path, tmp_path
 @pytest.mark.parametrize(
     ("target", "way_out"), [("llama_cpp", "llama-quantize"), ("mlx", r"mlx_lm\.convert"), ("megatron", "--fp8-format")]
 )
-def test_engines_without_fp8_are_refused_before_anything_is_written(
-    child_dir: Path, tmp_path: Path, target: str, way_out: str
-) -> None:
-    expected = rf"{target} cannot load this model: .*export\.quantization=none.*{way_out}.*leave {target} out"
+def test_engines_without_fp8_are_refused_at_configuration(target: str, way_out: str) -> None:
+    expected = rf"export\.quantization=fp8_dynamic: {target}: .*{way_out}.*; leave {target} out of export\.targets"
     with pytest.raises(ValueError, match=expected):
-        _run(child_dir, tmp_path / "out", targets=("vllm", target))
-    assert not (tmp_path / "out").exists()
+        compose_stage(ExportStage, ["export.quantization=fp8_dynamic", f"export.targets=[vllm,{target}]"])
 
 
 def test_what_is_not_quantised_of_a_model_in_fp32_is_stored_in_bf16(
@@ -205,17 +203,33 @@ def test_what_is_not_quantised_of_a_model_in_fp32_is_stored_in_bf16(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("damaged", "row", "factor", "refused"),
+    [
+        (DOWN + "_scale", 5, 1.2, DOWN),
+        ("model.embed_tokens.weight", 319, 3.0, "model.embed_tokens.weight"),
+        ("model.norm.weight", 7, float("nan"), "model.norm.weight"),
+        ("model.layers.1.input_layernorm.weight", 0, float("nan"), "model.layers.1.input_layernorm.weight"),
+    ],
+)
 def test_what_is_not_what_the_weights_round_to_is_refused(
-    child_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    child_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: str,
+    row: int,
+    factor: float,
+    refused: str,
 ) -> None:
-    def damaged(directory: Path, tensors: Any) -> Any:
+    def check_damaged(directory: Path, architecture: Architecture, tensors: Any) -> Any:
         stored = load_file(directory / "model.safetensors")
-        stored[DOWN + "_scale"][5] *= 1.2
+        stored[damaged][row] *= factor
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
-        return check_fp8(directory, tensors)
+        return check_fp8(directory, architecture, tensors)
 
-    monkeypatch.setattr(target_directory, "check_fp8", damaged)
-    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.down_proj\.weight is not what the model's weights"):
+    monkeypatch.setattr(tensor_reader, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(target_directory, "check_fp8", check_damaged)
+    with pytest.raises(ValueError, match=rf"{re.escape(refused)} is not what the model's weights round to"):
         _run(child_dir, tmp_path / "out", targets=("transformers",))
 
 
@@ -223,13 +237,11 @@ def test_an_fp8_directory_is_no_model_of_ours(child_dir: Path, tmp_path: Path) -
     _run(child_dir, tmp_path / "out", targets=("transformers",))
     with pytest.raises(ValueError, match=r"config\.json: its weights are quantised, for engines; give the model from"):
         read_architecture(tmp_path / "out")
-    with pytest.raises(ValueError, match="has not the quantization_config of an export"):
-        load_dequantized(child_dir)
 
 
 def test_other_quantisations_are_unknown() -> None:
     assert compose_stage(ExportStage, []).export.quantization == "none"
-    with pytest.raises(ValueError, match=r"export\.quantization=int4 is unknown; choose one of none, fp8"):
+    with pytest.raises(ValueError, match=r"export\.quantization=int4 is unknown; choose one of none, fp8_dynamic"):
         compose_stage(ExportStage, ["export.quantization=int4"])
 
 
@@ -259,7 +271,10 @@ def test_any_magnitude_has_a_scale(largest: float) -> None:
     assert scale[1] == 1
 
 
-def test_quantised_inputs_cost_more_and_agree_with_fp8_multiplication(child_dir: Path, tmp_path: Path) -> None:
+def test_quantised_inputs_cost_more_than_quantised_weights_alone(
+    child_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_fp8_linears = import_benchmark("fp8_linear", monkeypatch).with_fp8_linears
     _run(child_dir, tmp_path / "out", targets=("transformers",))
     exact = _logits(load_model(child_dir, dtype=torch.float32))
     of_weights = _logits(load_dequantized(tmp_path / "out"))
@@ -267,10 +282,23 @@ def test_quantised_inputs_cost_more_and_agree_with_fp8_multiplication(child_dir:
     # The same from the model itself: quantising what was quantised changes nothing.
     assert torch.allclose(_logits(with_fp8_linears(load_model(child_dir, dtype=torch.float32))), of_both, atol=1e-4)
     assert (of_both - exact).norm() > (of_weights - exact).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_fp8_and_in_fp32_agree_and_are_rounded_once(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    make = import_benchmark("fp8_linear", monkeypatch).Fp8Linear
     generator = torch.Generator().manual_seed(0)
-    linear = torch.nn.Linear(64, 32).bfloat16()
+    linear = torch.nn.Linear(64, 32, bias=bias).bfloat16()
+    for parameter in linear.parameters():
+        parameter.normal_(std=0.1, generator=generator)
     inputs = torch.randn(2, 5, 64, generator=generator).bfloat16()
-    in_fp8, in_fp32 = (Fp8Linear(linear, scaled_mm=scaled_mm)(inputs) for scaled_mm in (True, False))
+    in_fp8, in_fp32 = (make(linear, scaled_mm=scaled_mm)(inputs) for scaled_mm in (True, False))
     assert in_fp8.shape == (2, 5, 32)
-    assert torch.allclose(in_fp8.float(), in_fp32.float(), atol=1e-2)
+    weight, values = dequantize(*quantize(linear.weight)), dequantize(*quantize(inputs.flatten(0, 1)))
+    unrounded = torch.nn.functional.linear(values, weight, linear.bias.float() if bias else None)
+    # bf16 has 8 significant bits, so that what is rounded once is off by 2**-8 of the power of two below, at most.
+    half_step = 2.0 ** (unrounded.frexp().exponent - 9)
+    for found in (in_fp8, in_fp32):
+        assert ((found.flatten(0, 1).float() - unrounded).abs() <= half_step + 1e-6).all()
     assert torch.allclose(in_fp32.float(), linear(inputs).float(), atol=0.1)

@@ -37,18 +37,21 @@ class Fp8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs [..., in]`` -> [..., out], in the same data type."""
         values, scale = quantize(inputs.flatten(0, -2))
-        outputs = self.multiply(values, scale, inputs.dtype)
-        if self.bias is not None:
-            outputs = outputs + self.bias
-        return outputs.unflatten(0, inputs.shape[:-1])
+        return self.multiply(values, scale, inputs.dtype).unflatten(0, inputs.shape[:-1])
 
     def multiply(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Quantised inputs [tokens, in] with scales [tokens, 1] -> [tokens, out] of ``dtype``, without the bias."""
+        """Quantised inputs [tokens, in] with scales [tokens, 1] -> [tokens, out] of ``dtype``, rounded once."""
         if self.scaled_mm:
             return torch._scaled_mm(
-                values, self.weight.t(), scale_a=scale, scale_b=self.scale.t().contiguous(), out_dtype=dtype
+                values,
+                self.weight.t(),
+                scale_a=scale,
+                scale_b=self.scale.t().contiguous(),
+                bias=None if self.bias is None else self.bias.to(dtype),
+                out_dtype=dtype,
             )
-        return (F.linear(values.float(), self.weight.float()) * scale * self.scale.t()).to(dtype)
+        outputs = F.linear(values.float(), self.weight.float()) * scale * self.scale.t()
+        return (outputs if self.bias is None else outputs + self.bias).to(dtype)
 
 
 def with_fp8_linears(model: DeciLMForCausalLM, *, scaled_mm: bool = False) -> DeciLMForCausalLM:
