@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,47 @@ def test_dense_shape_is_llama_8b_and_results_name_the_shape(load: Load, tmp_path
     assert "8b_child" not in program.PUBLISHED
 
 
+def _tries(program: ModuleType, tokens_and_gb: dict[int, float], *, failed: int | None = None) -> list[Any]:
+    """Trained lengths with what the GPU's allocator held, and one that ran out of memory."""
+    rest = {"variant": "tiled", "gpus": 1, "gpu_peak_gb": 0.0, "host_taken_gb": 97.0, "host_resident_gb": 96.0}
+    passed = [
+        program.Try(tokens=tokens, gpu_reserved_gb=gb, failure=None, step_s=1.0, device="H100", **rest)
+        for tokens, gb in tokens_and_gb.items()
+    ]
+    if failed is None:
+        return passed
+    return [
+        *passed,
+        program.Try(tokens=failed, gpu_reserved_gb=85.0, failure="GPU memory", step_s=None, device="", **rest),
+    ]
+
+
+def test_the_next_length_is_where_memory_ends(load: Load) -> None:
+    program = load("longest_sequence")
+    options = {"start": 32_768, "granularity": 8192, "gpu_gb": 85.0, "host_gb": 270.0}
+    step = 8192
+
+    def after(lengths: dict[int, float], failed: int | None = None) -> int | None:
+        return program.next_length(_tries(program, lengths, failed=failed), **options)
+
+    assert after({}) == 32_768
+    assert after({32_768: 20.0}) == 65_536
+    # 10 GB per 32,768 tokens: 97% of 85 GB are reached at 237,306.
+    assert after({32_768: 20.0, 65_536: 30.0}) == 28 * step
+    # What the allocator holds stops growing at the limit. The line through the last two would never reach it.
+    assert after({131_072: 48.8, 262_144: 83.4, 270_336: 83.3}) == 270_336 + step
+    assert after({131_072: 48.8, 262_144: 83.4}, failed=294_912) == (262_144 + 294_912) // 2
+    assert after({131_072: 48.8, 262_144: 83.4}, failed=270_336) is None
+
+
+def test_a_part_of_the_child_has_its_widest_blocks(load: Load) -> None:
+    program = load("longest_sequence")
+    part, child = (set(program.SHAPES[name]) for name in ("8b_child_part", "8b_child"))
+    assert part <= child
+    assert max(width for _, width, _ in part) == max(width for _, width, _ in child)
+    assert max(heads or 0 for heads, *_ in part) == max(heads or 0 for heads, *_ in child)
+
+
 def test_host_memory_that_no_process_counts_as_its_own_is_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinned memory is missing from a process's resident memory, and from the memory that the host has left."""
     trials = load("training_trials")
@@ -115,14 +157,19 @@ def test_host_memory_that_no_process_counts_as_its_own_is_taken(load: Load, monk
         waiting.wait()
 
 
-@pytest.mark.slow
-def test_trial_reports_what_it_took_of_the_host(load: Load, tmp_path: Path) -> None:
+def _pico_trial(load: Load, directory: Path, *, steps: int = 1) -> Any:
+    """LM steps of a pico student on the CPU."""
     trials, throughput = load("training_trials"), load("kd_throughput")
     student, _ = throughput.shapes("pico")
-    trials.write_random_model(tmp_path / "student", student)
-    trial = trials.Trial(
-        student=str(tmp_path / "student"), engine={"device": "cpu"}, objective={"lm": 1.0}, batch_size=1, seq_len=16
-    )
+    trials.write_random_model(directory / "student", student)
+    fields = {"engine": {"device": "cpu"}, "objective": {"lm": 1.0}, "batch_size": 1, "seq_len": 16}
+    return trials.Trial(student=str(directory / "student"), steps=steps, **fields)
+
+
+@pytest.mark.slow
+def test_trial_reports_what_it_took_of_the_host(load: Load, tmp_path: Path) -> None:
+    trials = load("training_trials")
+    trial = _pico_trial(load, tmp_path)
     outcome = trials.run_trial(trial, num_processes=1, timeout_s=50)
     assert outcome.failure is None
     # Python with torch is larger than this; what else the host does is in the other number.
@@ -142,17 +189,8 @@ def test_what_is_compared_is_measured_first_and_the_rest_once(load: Load) -> Non
 @pytest.mark.slow
 def test_a_trial_that_runs_out_of_time_leaves_no_process(load: Load, tmp_path: Path) -> None:
     """Its workers are in sessions of their own, where a signal to torchrun's does not reach them."""
-    trials, throughput = load("training_trials"), load("kd_throughput")
-    student, _ = throughput.shapes("pico")
-    trials.write_random_model(tmp_path / "student", student)
-    trial = trials.Trial(
-        student=str(tmp_path / "student"),
-        engine={"device": "cpu"},
-        objective={"lm": 1.0},
-        batch_size=1,
-        seq_len=16,
-        steps=1_000_000,
-    )
+    trials = load("training_trials")
+    trial = _pico_trial(load, tmp_path, steps=1_000_000)
     marker = str(tmp_path / "temporary")
     Path(marker).mkdir()
     with pytest.MonkeyPatch.context() as patch:
