@@ -35,8 +35,11 @@ from training_trials import (
     write_random_model,
 )
 
-from distill.config import RopeConfig
+from distill.config import EngineConfig, ObjectiveConfig, RopeConfig
+from launch.plan_advice import step_memory
+from launch.plan_memory import Step
 from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig
+from puzzle.model.checkpoint import read_architecture
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -59,14 +62,15 @@ blocks after a search that kept 21 attentions, and the fusion of its runs withou
 and 10,752 channels."""
 SHAPES = {
     "8b_child": CHILD,
-    "8b_child_part": (CHILD[0], (None, 28_672, 4), CHILD[-3]),
+    "8b_child_part": ((None, 28_672, 4), CHILD[0], CHILD[-3]),
     "8b": ((8, 14_336, 1),) * 32,
     "pico": ((2, 512, 1), (None, 1024, 2), (1, 256, 1)),
 }
 """By name: the child, one of each kind of its blocks, Llama-3.1-8B itself, and a tiny child to try the program with.
 
-With optimizer and block inputs in CPU memory the GPU holds one block at a time, so that the part takes as much of its
-memory as the child, in a seventh of the time."""
+With optimizer and block inputs in CPU memory the GPU holds one block at a time and the input of the one before it, so
+that the part, whose widest attention is not its first block, takes as much of its memory as the child in a seventh of
+the time."""
 PUBLISHED = {
     "8b": "one H100 of 80 GB: no more than 32K tokens with transformers as it is, 500K tuned (ALST, arXiv 2506.13996)"
 }
@@ -83,6 +87,8 @@ class Try:
     failure: str | None
     step_s: float | None
     gpu_peak_gb: float
+    gpu_planned_gb: float
+    """What ``python -m launch plan`` counts for the peak."""
     gpu_reserved_gb: float
     host_taken_gb: float
     """Least available memory of the host during the trial, below what it was before."""
@@ -121,12 +127,30 @@ def engine_fields(options: argparse.Namespace, variant: str, gpus: int) -> dict[
     return {**fields, "name": "deepspeed", "zero_stage": 3}
 
 
+def planned_gb(options: argparse.Namespace, variant: str, gpus: int, tokens: int) -> float:
+    """The planner's peak of one GPU for one sequence of ``tokens``."""
+    step = Step(
+        student=read_architecture(options.model),
+        objective=objective(options),
+        engine=EngineConfig(**engine_fields(options, variant, gpus)),
+        num_ranks=gpus,
+        batch_size=1,
+        seq_len=tokens,
+    )
+    return step_memory(step).total / 1e9
+
+
+def objective(options: argparse.Namespace) -> ObjectiveConfig:
+    """Next-token loss alone."""
+    return ObjectiveConfig(lm=1.0, chunk_tokens=options.chunk_tokens)
+
+
 def attempt(options: argparse.Namespace, variant: str, gpus: int, tokens: int, *, timeout_s: float) -> Try:
     """One optimizer step on one sequence of ``tokens``."""
     trial = Trial(
         student=str(options.model),
         engine=engine_fields(options, variant, gpus),
-        objective={"lm": 1.0, "chunk_tokens": options.chunk_tokens},
+        objective=asdict(objective(options)),
         batch_size=1,
         seq_len=tokens,
     )
@@ -138,6 +162,7 @@ def attempt(options: argparse.Namespace, variant: str, gpus: int, tokens: int, *
         failure=outcome.failure,
         step_s=outcome.step_s[0] if outcome.step_s else None,
         gpu_peak_gb=outcome.gpu_peak_bytes / 1e9,
+        gpu_planned_gb=planned_gb(options, variant, gpus, tokens),
         gpu_reserved_gb=outcome.gpu_reserved_bytes / 1e9,
         host_taken_gb=outcome.host_taken_bytes / 1e9,
         host_resident_gb=outcome.host_resident_bytes / 1e9,
@@ -231,15 +256,16 @@ def markdown(tries: list[Try], facts: dict[str, Any]) -> str:
         if longest is not None:
             took = f" {longest.step_s:.1f} | {longest.gpu_peak_gb:.1f} | {longest.host_taken_gb:.1f} "
         lines.append(f"| {variant} | {gpus} | {reached} | {limit} |{took}|")
-    lines += ["", "host GB: available memory of the host that the trial took; resident: of its processes.", ""]
-    lines += ["| variant | GPUs | tokens | outcome | step s | GPU GB | reserved | host GB | resident |"]
-    lines += ["|" + "---|" * 9]
+    lines += ["", "planned: the planner's count of GPU GB; resident: memory of the processes."]
+    lines += ["host GB: available memory of the host that the trial took.", ""]
+    lines += ["| variant | GPUs | tokens | outcome | step s | GPU GB | planned | reserved | host GB | resident |"]
+    lines += ["|" + "---|" * 10]
     for entry in tries:
         step = "" if entry.step_s is None else f"{entry.step_s:.1f}"
         lines.append(
             f"| {entry.variant} | {entry.gpus} | {entry.tokens:,} | {entry.failure or 'trained'} | {step} "
-            f"| {entry.gpu_peak_gb:.1f} | {entry.gpu_reserved_gb:.1f} | {entry.host_taken_gb:.1f} "
-            f"| {entry.host_resident_gb:.1f} |"
+            f"| {entry.gpu_peak_gb:.1f} | {entry.gpu_planned_gb:.1f} | {entry.gpu_reserved_gb:.1f} "
+            f"| {entry.host_taken_gb:.1f} | {entry.host_resident_gb:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

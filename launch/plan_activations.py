@@ -14,7 +14,8 @@ FFN                     eager                                4 c TW: gate, silu,
                         compiled                             2 c TW: gate, up
 ======================  ===================================  ========================================================
 
-A norm keeps 4 bytes per token besides, its inverse root mean square.
+A norm keeps 4 bytes per token besides, its inverse root mean square. Norms and FFNs that run in tiles keep their input,
+and one tile at a time is computed again; attention's products keep the output of its norm.
 
 Within the backward pass come two more of an FFN's activations, and of attention what the flash kernel needs: gradients
 of output, queries, keys and values, those of keys and values once more for all query heads, and fp32 sums for queries.
@@ -47,8 +48,10 @@ class Numerics:
         """fp32 weights and residual stream, products in bf16."""
         return self.residual != self.product
 
-    def norm_bytes(self, hidden: int, num_products: int) -> int:
+    def norm_bytes(self, hidden: int, num_products: int, *, tiled: bool = False) -> int:
         """Per token, kept of a norm over ``hidden`` channels and of what ``num_products`` products read of it."""
+        if tiled:
+            return hidden * (self.residual + (self.product * num_products if self.is_autocast else self.product))
         per_channel = 12 if self.residual == 4 else 8
         if self.compiled:
             per_channel = self.residual
@@ -68,6 +71,8 @@ class Part:
     num_params: int
     largest_matrix: int
     """Values of the largest weight, whose gradient is made beside the others."""
+    block_input: float = 0.0
+    """Of ``saved``, what is the input of the block itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,10 @@ class Shape:
     widest: int = 1
     """Channels of the model's widest FFN, which takes tile_tokens at once (``distill.memory.tile_ffns``)."""
 
+    def tile(self, width: int) -> int:
+        """Tokens at once of an FFN or norm of ``width`` channels; all of them: it does not run in tiles."""
+        return min(self.tokens, max(1, self.tile_tokens * self.widest // width)) if self.tile_tokens else self.tokens
+
 
 def attention_part(
     architecture: Architecture, attention: AttentionConfig, shape: Shape, numerics: Numerics
@@ -92,11 +101,20 @@ def attention_part(
         return None
     a, tokens, c = architecture, shape.tokens, numerics.product
     params, hidden = attention_params(a, attention), a.hidden_dim
+    tiled = shape.tile(hidden) < tokens
+    # A norm in bf16 keeps a copy of its input in fp32, unless it runs in tiles or is compiled.
+    copies_input = numerics.residual == 2 and not tiled and not numerics.compiled
+    block_input = 0.0 if copies_input else float(numerics.residual * tokens * hidden)
     if attention.num_kv_heads is None:
-        norm = numerics.norm_bytes(hidden, 1) * tokens
-        return Part(saved=norm, backward=c * tokens * hidden, num_params=params, largest_matrix=hidden**2)
+        return Part(
+            saved=numerics.norm_bytes(hidden, 1, tiled=tiled) * tokens,
+            backward=c * tokens * hidden,
+            num_params=params,
+            largest_matrix=hidden**2,
+            block_input=block_input,
+        )
     q, k = a.num_heads * a.head_dim, attention.num_kv_heads * a.head_dim
-    norm = numerics.norm_bytes(hidden, 3) * tokens
+    norm = numerics.norm_bytes(hidden, 3, tiled=tiled) * tokens
     saved = norm + c * tokens * (2 * q + 2 * k) + 4 * tokens * a.num_heads
     if a.qk_norm:
         saved += (8 if numerics.residual == 4 and not numerics.is_autocast else 6) * tokens * (q + k)
@@ -105,7 +123,7 @@ def attention_part(
     if not numerics.flash:
         probabilities = 4 * tokens * shape.seq_len * a.num_heads
         saved, backward = saved + probabilities, backward + 2 * probabilities
-    return Part(saved=saved, backward=backward, num_params=params, largest_matrix=q * hidden)
+    return Part(saved=saved, backward=backward, num_params=params, largest_matrix=q * hidden, block_input=block_input)
 
 
 def ffn_part(architecture: Architecture, ffn: FFNConfig, shape: Shape, numerics: Numerics) -> Part | None:
@@ -115,16 +133,15 @@ def ffn_part(architecture: Architecture, ffn: FFNConfig, shape: Shape, numerics:
     tokens, hidden, c = shape.tokens, architecture.hidden_dim, numerics.product
     params = ffn_params(architecture, ffn)
     if ffn.ffn_dim is None:
-        norm = numerics.norm_bytes(hidden, 1) * tokens
+        norm = numerics.norm_bytes(hidden, 1, tiled=shape.tile(hidden) < tokens) * tokens
         return Part(saved=norm, backward=c * tokens * hidden, num_params=params, largest_matrix=hidden**2)
     width = ffn.ffn_dim
     inner = (2 if numerics.compiled else 4) * c * width
     extra = (4 if numerics.compiled else 2) * c * width
     norm = numerics.norm_bytes(hidden, 2)
-    tile = max(1, shape.tile_tokens * shape.widest // width)
-    if shape.tile_tokens > 0 and tile < tokens:
-        # The tiles of norm and FFN keep what they start from, and one of them is computed again at a time. Gradients of
-        # the weights are summed over the tiles in fp32 (distill.tile_weights).
+    tile = shape.tile(width)
+    if tile < tokens:
+        # Gradients of the weights are summed over the tiles in fp32 (distill.tile_weights).
         kept = 2 * numerics.residual * tokens * hidden
         return Part(
             saved=kept,

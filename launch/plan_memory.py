@@ -232,7 +232,7 @@ class _Timeline:
 
     def _final(self) -> float:
         """Final norm: what it keeps, and its output, which the heads read."""
-        tiled = 0 < self._step.engine.ffn_tile_tokens < self._shape.tokens
+        tiled = self._shape.tile(self._student.hidden_dim) < self._shape.tokens
         r = self._numerics.residual
         kept = r if tiled else {True: 8, False: 6}[r == 4]
         return float(self._stream * (kept + r))
@@ -326,7 +326,9 @@ class _Timeline:
         common = self._sum(
             self._static(), self._gradients(index + 1), terms, self._gathered(index), self._gradient_streams()
         )
-        others = self._kept_bytes(index) if self._step.engine.recompute else self._kept_bytes(index - 1)
+        others = self._kept_bytes(index if self._step.engine.recompute else index - 1)
+        if self._step.engine.recompute and attention is not None:
+            others -= attention.block_input
         for name, part, saved in (("FFN", ffn, (attention, ffn)), ("attention", attention, (attention,))):
             if part is None:
                 continue
@@ -401,8 +403,12 @@ class _Timeline:
         return {"gradients": float(own), "activations": float(stream)}
 
     def _step_extra(self) -> Parts:
-        """ZeRO 1 and 2 flatten a rank's gradients into a second copy."""
+        """ZeRO 1 and 2 flatten a rank's gradients into a second copy; AdamW makes roots of all second moments on a CPU,
+        where its fused kernel is for offloaded state alone (``distill.optim.build_optimizer``)."""
         engine = self._step.engine
-        if engine.name == "deepspeed" and engine.zero_stage < 3 and not engine.offload_optimizer:
-            return {"buffers": 4.0 * num_params(self._student) / self._step.num_ranks}
+        flattens = engine.name == "deepspeed" and engine.zero_stage < 3
+        roots = engine.name == "torch" and engine.device == "cpu"
+        if (flattens or roots) and not engine.offload_optimizer:
+            ranks = self._step.num_ranks if flattens or self._sharded else 1
+            return {"buffers": 4.0 * num_params(self._student) / ranks}
         return {}

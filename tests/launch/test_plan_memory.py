@@ -71,20 +71,27 @@ def saved_bytes(model: nn.Module, mode: str) -> int:
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"),
     ):
         model.model.layers[0](hidden, **inputs)
-    casts = sum(2 * p.numel() for p in model.model.layers.parameters() if p.ndim == 2) if mode == "autocast" else 0
+    block = model.model.layers[0]
+    # Tiles forget theirs.
+    cast = [module for module in (block.self_attn, block.mlp) if module is not None and "forward" not in vars(module)]
+    casts = sum(2 * p.numel() for module in cast for p in module.parameters()) if mode == "autocast" else 0
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - casts
 
 
+@pytest.mark.parametrize("tile_tokens", [0, 8])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("attention", "ffn"), SUBBLOCKS, ids=lambda part: part.name)
 def test_activations_are_those_that_autograd_saves(
-    pico_architecture: Architecture, attention: AttentionConfig, ffn: FFNConfig, mode: str
+    pico_architecture: Architecture, attention: AttentionConfig, ffn: FFNConfig, mode: str, tile_tokens: int
 ) -> None:
     block = BlockConfig(attention=attention, ffn=ffn, parent_block_indices=(0,))
     model = build_model(replace(pico_architecture, blocks=(block,)), seed=0).train()
     if mode == "bf16":
         model = model.bfloat16()
-    parts = block_parts(pico_architecture, block, Shape(tokens=TOKENS, seq_len=TOKENS), MODES[mode])
+    if tile_tokens > 0:
+        memory.tile_ffns(model, tile_tokens)
+    shape = Shape(tokens=TOKENS, seq_len=TOKENS, tile_tokens=tile_tokens, widest=512)
+    parts = block_parts(pico_architecture, block, shape, MODES[mode])
     assert sum(part.saved for part in parts if part is not None) == saved_bytes(model, mode)
 
 

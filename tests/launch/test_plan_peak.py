@@ -24,6 +24,7 @@ TOLERANCE = 0.06
 """Scalars, masks and rotary angles are not counted, and some gradients are freed a little earlier than planned."""
 DENSE = ((True, 512),) * 6
 FUSED = ((True, 512), (True, 256), (False, 2048), (False, 512), (True, 512))
+NARROW = ((True, 256),) * 6
 """Whether a block has attention, and its FFN's width."""
 # Small chunks: on the CPU products of chunks come out otherwise than on a GPU.
 LM = ObjectiveConfig(lm=1.0, chunk_tokens=64)
@@ -78,13 +79,26 @@ def standing_bytes(runner: TorchEngine) -> int:
         (DENSE, LM, {}),
         (FUSED, LM, {"recompute": True}),
         (FUSED, LM, {"recompute": True, "ffn_tile_tokens": 128}),
+        (FUSED, LM, {"recompute": True, "ffn_tile_tokens": 8}),
+        (NARROW, LM, {"shard": True, "recompute": True, "ffn_tile_tokens": 32}),
         (FUSED, KD, {}),
         (DENSE, KD_COSINE, {"recompute": True}),
         (FUSED, LM, {"shard": True, "recompute": True}),
         (DENSE, LM, {"precision": "bf16"}),
         (DENSE, LM, {"micro_batch_tokens": SEQ_LEN}),
     ],
-    ids=["plain", "recompute", "tiles", "kd", "kd_cosine", "shard", "autocast", "accumulation"],
+    ids=[
+        "plain",
+        "recompute",
+        "tiles",
+        "tiled_norms",
+        "attention",
+        "kd",
+        "kd_cosine",
+        "shard",
+        "autocast",
+        "accumulation",
+    ],
 )
 def test_a_step_allocates_what_is_planned(
     tmp_path: Path, blocks: tuple[tuple[bool, int], ...], objective: ObjectiveConfig, settings: dict[str, object]
