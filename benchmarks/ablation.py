@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distill.files import write_whole
 from launch import console
 from launch.artifact import Artifact
 from launch.config import PipelineConfig, StepConfig, compose_stage, run_settings, step_overrides
@@ -37,9 +38,7 @@ def write_results(out: Path | None, name: str, content: Mapping[str, Any], text:
         return
     out.mkdir(parents=True, exist_ok=True)
     for suffix, written in (("json", json.dumps(content, indent=1)), ("md", text)):
-        temporary = out / f".{name}.{suffix}.tmp"
-        temporary.write_text(written + "\n")
-        temporary.rename(out / f"{name}.{suffix}")
+        write_whole(out / f"{name}.{suffix}", written + "\n")
 
 
 def run(

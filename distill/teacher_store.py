@@ -31,7 +31,7 @@ from distill.chunked_head import TopK, matmul_operand, project, row_chunks
 from distill.config import require
 from distill.data.batch import IGNORE_INDEX, Batch, moved_tensor
 from distill.data.dataset import TokenDataset, TokenSplit, documents_apart
-from distill.files import flush_to_disk, sha256_of
+from distill.files import flush_to_disk, sha256_of, write_whole
 from distill.teacher import Teacher
 from distill.teacher_cache import CacheIndex, ShardRecord, TeacherCacheConfig, hash_of_tokens, id_bytes, shard_name
 
@@ -121,9 +121,7 @@ def write_shard(
         tokens_sha256=hash_of_tokens(tokens),
         tail_mass=tail_mass,
     )
-    note = _note(directory, shard)
-    note.with_suffix(".tmp").write_text(json.dumps(asdict(record)))
-    note.with_suffix(".tmp").rename(note)
+    write_whole(_note(directory, shard), json.dumps(asdict(record)))
     return record
 
 

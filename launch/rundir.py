@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 
+from distill.files import write_whole
 from launch.artifact import Artifact
 from launch.store import make_directory
 
@@ -88,9 +89,7 @@ class RunDirectory:
 
     def write_steps(self, steps: Mapping[str, str]) -> None:
         """Record the steps' order, so that a report can be made again from the directory alone."""
-        temporary = self.path / ".steps.json.tmp"
-        temporary.write_text(json.dumps(dict(steps), indent=1))
-        temporary.rename(self.steps_file)
+        write_whole(self.steps_file, json.dumps(dict(steps), indent=1))
 
     def read_steps(self) -> dict[str, Artifact]:
         """Artifacts by step, in order.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from distill.files import write_whole
 from launch import console, preemption, processes
 from launch.cluster_config import ClusterConfig
 from launch.commands import check_target, run_places, run_target
@@ -123,9 +124,7 @@ class Sweep:
 
     def record(self, number: int, error: str | None, *, is_stopped: bool = False) -> None:
         """What became of point ``number``: None, or why it failed or stopped with its state saved."""
-        temporary = self.path / "outcomes" / f".{number}.tmp"
-        temporary.write_text(json.dumps({"error": error, "is_stopped": is_stopped}), encoding="utf-8")
-        temporary.rename(self._outcome(number))
+        write_whole(self._outcome(number), json.dumps({"error": error, "is_stopped": is_stopped}))
 
     def error_of(self, number: int) -> str | None:
         """Why point ``number`` failed; None if it did not, or nothing is known of it."""

@@ -260,7 +260,7 @@ def _tasks(measured: Mapping[str, Mapping[str, Any]]) -> Content:
     for name, row in measured.items():
         if row["tasks_recovery_frac"] is not None:
             summary[f"evaluate/{name}/tasks_recovery_frac"] = row["tasks_recovery_frac"]
-    columns = ("metric", "value", "stderr", "n", "recovery_frac")
+    columns = ("metric", "value", "stderr", "n", "num_truncated", "recovery_frac")
     rows = [(name, task, *(result[column] for column in columns)) for name, task, result in done]
     return Content(summary=summary, tables={"evaluate/tasks": Table(columns=("model", "task", *columns), rows=rows)})
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distill import distributed
+from distill.files import write_whole
 from distill.metrics import Row
 from distill.tracking import Tracker
 from puzzle.child_init import Init
@@ -167,7 +168,7 @@ def _plan(
         if known <= by_key.keys() and {keys[item] for item in missing} <= known:
             return [tuple(by_key[key] for key in group) for group in planned]
     groups = plan_groups(missing, parent, budget_bytes)
-    _write_json(path, [[keys[item] for item in group] for group in groups])
+    write_whole(path, json.dumps([[keys[item] for item in group] for group in groups]))
     return groups
 
 
@@ -212,7 +213,7 @@ def _distill_group(
         key, tensors = inits[item]
         tensors = trainees.tensors(item) if better else tensors
         pool.put(key, tensors, outcomes[item], library.directory / file_of(item), dtype=library.dtype)
-    _write_json(_curve_file(directory, group, keys), run.curve)
+    write_whole(_curve_file(directory, group, keys), json.dumps(run.curve))
     shutil.rmtree(resume_dir, ignore_errors=True)
     return outcomes
 
@@ -241,9 +242,3 @@ def _read_curve(directory: Path, group: Group, keys: Mapping[Replacement, str]) 
     """Empty where the process was killed between the last replacement of the group and its curve."""
     path = _curve_file(directory, group, keys)
     return json.loads(path.read_text()) if path.is_file() else []
-
-
-def _write_json(path: Path, content: object) -> None:
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)

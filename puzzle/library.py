@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.config import require
+from distill.files import write_whole
 from puzzle.model.architecture import Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.hf_config import architecture_from_config, hf_config
 from puzzle.model.tensor_layout import Shapes, attention_shapes, ffn_shapes
@@ -284,9 +285,7 @@ class BlockLibrary:
             "variants": [[block.name for block in blocks] for blocks in self.variants],
             "replacements": [entry.as_json() for entry in self.entries.values()],
         }
-        unfinished = self.directory / f"{INDEX_FILE}.partial"
-        unfinished.write_text(json.dumps(index, indent=1) + "\n")
-        unfinished.replace(self.directory / INDEX_FILE)
+        write_whole(self.directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
     def tensors(self, index: int, block: BlockConfig) -> dict[str, Tensor]:
         """Tensors (CPU) of every subblock of ``block`` that is not the parent's own, by their names in the block.

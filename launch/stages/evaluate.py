@@ -16,6 +16,7 @@ from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import load_tokenizer, require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.evaluate import evaluate_model
+from distill.files import write_whole
 from distill.recovered import retained_accuracy_frac
 from distill.retrieval import NUM_CANDIDATES, make_probe, measure_lengths
 from launch.stage import Inputs, StageContext, StageResult
@@ -73,7 +74,7 @@ def run(config: EvaluateStage, inputs: Inputs, context: StageContext) -> StageRe
         if questions is not None:
             done = questions.put_to(model, inputs[name].path)
             models[name] |= _beside_parent(done, models["parent"].get("tasks", done))
-        _write_whole(kept, models[name])
+        write_whole(kept, json.dumps(models[name]))
         del model  # before the next one is loaded: two large models fit where three do not
     report = {
         "models": models,
@@ -127,13 +128,6 @@ class _Questions:
             task: {**asdict(result), "num_truncated": self.num_truncated[task]}
             for task, result in harness.results().items()
         }
-
-
-def _write_whole(file: Path, row: Mapping[str, Any]) -> None:
-    """A kill leaves the whole of ``file`` or none of it."""
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(row))
-    unfinished.replace(file)
 
 
 def _beside_parent(done: Mapping[str, Mapping[str, Any]], parent: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.engine.setup import TrainingSetup
+from distill.files import write_whole
 from distill.metrics import Row
 from distill.retrieval import NUM_CANDIDATES, LengthProbe, make_probe, measure_lengths
 from distill.tracking import Tracker
@@ -181,9 +182,7 @@ def _start_by_length(
     measured = _by_length(models, models.student.directory, config)
     if tracker is not None:
         tracker.log(_length_row(measured, tokens))
-        partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps(measured))
-        partial.replace(file)
+        write_whole(file, json.dumps(measured))
     return measured
 
 

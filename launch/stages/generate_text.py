@@ -19,6 +19,7 @@ from distill.data.sampling import DocumentSampler, SampledDocument, prompt_ids
 from distill.data.tokenizer import load_tokenizer
 from distill.distributed import barrier, gather_objects, is_main, rank
 from distill.engine.base import resolve_device, resolve_dtype
+from distill.files import write_whole
 from launch.quantities import scaled
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import GenerateTextStage
@@ -107,9 +108,7 @@ class _Parts:
         if path.is_file():
             return read_part(path)
         documents = self._sampler.batch(index)
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(asdict(document)) + "\n" for document in documents), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(asdict(document)) + "\n" for document in documents))
         return documents
 
     @cached_property

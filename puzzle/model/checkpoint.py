@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from distill.config import require
+from distill.files import write_whole
 from puzzle.model import configuration_decilm, modeling_decilm
 from puzzle.model.architecture import Architecture
 from puzzle.model.block_range import keep_blocks, tensor_places
@@ -53,10 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_architecture(directory: Path) -> Architecture:

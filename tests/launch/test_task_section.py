@@ -39,9 +39,9 @@ def test_without_tasks_there_is_no_section(short: Any, tmp_path: Path) -> None:
 def test_wandb_has_them_as_a_table_and_in_the_summary(full_steps: dict[str, Artifact]) -> None:
     content = content_of(full_steps["evaluation"])
     table = content.tables["evaluate/tasks"]
-    assert table.columns == ("model", "task", "metric", "value", "stderr", "n", "recovery_frac")
+    assert table.columns == ("model", "task", "metric", "value", "stderr", "n", "num_truncated", "recovery_frac")
     assert len(table.rows) == 5 * 2
-    assert table.rows[1] == ("parent", "gsm8k", "exact_match,strict-match", 0.0, None, 1319, None)
+    assert table.rows[1] == ("parent", "gsm8k", "exact_match,strict-match", 0.0, None, 1319, 7, None)
     assert content.summary["evaluate/child/tasks/mmlu/acc"] == pytest.approx(0.45)
     assert content.summary["evaluate/child/tasks/mmlu/recovery_frac"] == pytest.approx(0.9)
     assert content.summary["evaluate/child/tasks/gsm8k/exact_match,strict-match"] == 0
