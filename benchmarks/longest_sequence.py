@@ -37,7 +37,7 @@ from training_trials import (
 
 from distill.config import EngineConfig, ObjectiveConfig, RopeConfig
 from launch.plan_advice import step_memory
-from launch.plan_memory import Step
+from launch.plan_step import Step
 from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import read_architecture
 
@@ -66,11 +66,11 @@ SHAPES = {
     "8b": ((8, 14_336, 1),) * 32,
     "pico": ((2, 512, 1), (None, 1024, 2), (1, 256, 1)),
 }
-"""By name: the child, one of each kind of its blocks, Llama-3.1-8B itself, and a tiny child to try the program with.
+"""By name: the child, three of its blocks, Llama-3.1-8B itself, and a tiny child to try the program with.
 
-With optimizer and block inputs in CPU memory the GPU holds one block at a time and the input of the one before it, so
-that the part, whose widest attention is not its first block, takes as much of its memory as the child in a seventh of
-the time."""
+With optimizer and block inputs in CPU memory the GPU holds one block at a time and the input of the one before it. The
+part, whose widest attention is not its first block, so takes nearly as much of it as the child, in a fraction of the
+time."""
 PUBLISHED = {
     "8b": "one H100 of 80 GB: no more than 32K tokens with transformers as it is, 500K tuned (ALST, arXiv 2506.13996)"
 }
@@ -87,14 +87,14 @@ class Try:
     failure: str | None
     step_s: float | None
     gpu_peak_gb: float
-    gpu_planned_gb: float
-    """What ``python -m launch plan`` counts for the peak."""
     gpu_reserved_gb: float
     host_taken_gb: float
     """Least available memory of the host during the trial, below what it was before."""
     host_resident_gb: float
     """Resident memory of the processes; without pinned memory where the driver keeps it out."""
     device: str
+    gpu_planned_gb: float | None = None
+    """What ``python -m launch plan`` counts for the peak. None: measured before it was recorded."""
 
 
 def architecture(shape: str) -> Architecture:
@@ -261,10 +261,10 @@ def markdown(tries: list[Try], facts: dict[str, Any]) -> str:
     lines += ["| variant | GPUs | tokens | outcome | step s | GPU GB | planned | reserved | host GB | resident |"]
     lines += ["|" + "---|" * 10]
     for entry in tries:
-        step = "" if entry.step_s is None else f"{entry.step_s:.1f}"
+        step, planned = ("" if value is None else f"{value:.1f}" for value in (entry.step_s, entry.gpu_planned_gb))
         lines.append(
             f"| {entry.variant} | {entry.gpus} | {entry.tokens:,} | {entry.failure or 'trained'} | {step} "
-            f"| {entry.gpu_peak_gb:.1f} | {entry.gpu_planned_gb:.1f} | {entry.gpu_reserved_gb:.1f} "
+            f"| {entry.gpu_peak_gb:.1f} | {planned} | {entry.gpu_reserved_gb:.1f} "
             f"| {entry.host_taken_gb:.1f} | {entry.host_resident_gb:.1f} |"
         )
     return "\n".join(lines) + "\n"

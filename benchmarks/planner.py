@@ -22,7 +22,8 @@ from training_trials import TIME, Outcome, Trial, num_params_text, run_trial, wr
 
 from distill.config import EngineConfig, ObjectiveConfig, RopeConfig
 from launch.plan_advice import step_memory
-from launch.plan_memory import Memory, Step
+from launch.plan_memory import Memory
+from launch.plan_step import Step
 from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig, dense_blocks
 from puzzle.model.checkpoint import read_architecture
 

@@ -1,7 +1,7 @@
 """Weights of a module that runs on tiles of its tokens: their gradients are summed over the tiles in fp32.
 
 Autograd would add them up in the data type that the product ran with: over 256 tiles in bf16 a gradient's error grows
-from 0.2% to 1.6%. Here each tile reads its weights through a node of its own, which adds the tile's gradient to a sum
+several times. Here each tile reads its weights through a node of its own, which adds the tile's gradient to a sum
 in fp32; the last one hands the sum on. Whatever waits for a parameter's gradient sees one, in the parameter's type.
 The sums take 4 bytes per weight of the one module whose backward pass runs.
 """

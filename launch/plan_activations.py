@@ -48,16 +48,23 @@ class Numerics:
         """fp32 weights and residual stream, products in bf16."""
         return self.residual != self.product
 
-    def norm_bytes(self, hidden: int, num_products: int, *, tiled: bool = False) -> int:
-        """Per token, kept of a norm over ``hidden`` channels and of what ``num_products`` products read of it."""
+    def norm_bytes(self, hidden: int, *, tiled: bool = False) -> int:
+        """Per token, kept of a norm over ``hidden`` channels beside its output."""
         if tiled:
-            return hidden * (self.residual + (self.product * num_products if self.is_autocast else self.product))
-        per_channel = 12 if self.residual == 4 else 8
+            return self.residual * hidden
         if self.compiled:
-            per_channel = self.residual
-        elif self.is_autocast:
-            per_channel = 8 + self.product * num_products
-        return per_channel * hidden + 4
+            return self.residual * hidden + 4
+        return {4: 8, 2: 6}[self.residual] * hidden + 4
+
+    def product_input_bytes(self, hidden: int, num_products: int) -> int:
+        """Per token, kept of a norm's output by the ``num_products`` products that read it."""
+        if self.compiled:
+            return 0
+        return hidden * (self.product * num_products if self.is_autocast else self.residual)
+
+    def keeps_norm_input(self, *, tiled: bool) -> bool:
+        """Whether a norm keeps its input itself: in bf16 it is a copy in fp32."""
+        return tiled or self.compiled or self.residual == 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +78,8 @@ class Part:
     num_params: int
     largest_matrix: int
     """Values of the largest weight, whose gradient is made beside the others."""
-    block_input: float = 0.0
-    """Of ``saved``, what is the input of the block itself."""
+    norm_input: float = 0.0
+    """Of ``saved``, the input of the norm: where a block begins with this part, the block's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +108,17 @@ def attention_part(
         return None
     a, tokens, c = architecture, shape.tokens, numerics.product
     params, hidden = attention_params(a, attention), a.hidden_dim
-    tiled = shape.tile(hidden) < tokens
-    # A norm in bf16 keeps a copy of its input in fp32, unless it runs in tiles or is compiled.
-    copies_input = numerics.residual == 2 and not tiled and not numerics.compiled
-    block_input = 0.0 if copies_input else float(numerics.residual * tokens * hidden)
+    norm, norm_input = _norm(hidden, shape, numerics)
     if attention.num_kv_heads is None:
         return Part(
-            saved=numerics.norm_bytes(hidden, 1, tiled=tiled) * tokens,
+            saved=norm + numerics.product_input_bytes(hidden, 1) * tokens,
             backward=c * tokens * hidden,
             num_params=params,
             largest_matrix=hidden**2,
-            block_input=block_input,
+            norm_input=norm_input,
         )
     q, k = a.num_heads * a.head_dim, attention.num_kv_heads * a.head_dim
-    norm = numerics.norm_bytes(hidden, 3, tiled=tiled) * tokens
+    norm += numerics.product_input_bytes(hidden, 3) * tokens
     saved = norm + c * tokens * (2 * q + 2 * k) + 4 * tokens * a.num_heads
     if a.qk_norm:
         saved += (8 if numerics.residual == 4 and not numerics.is_autocast else 6) * tokens * (q + k)
@@ -123,7 +127,15 @@ def attention_part(
     if not numerics.flash:
         probabilities = 4 * tokens * shape.seq_len * a.num_heads
         saved, backward = saved + probabilities, backward + 2 * probabilities
-    return Part(saved=saved, backward=backward, num_params=params, largest_matrix=q * hidden, block_input=block_input)
+    return Part(saved=saved, backward=backward, num_params=params, largest_matrix=q * hidden, norm_input=norm_input)
+
+
+def _norm(hidden: int, shape: Shape, numerics: Numerics) -> tuple[float, float]:
+    """What a norm keeps beside its output, and of it the norm's own input."""
+    tiled = shape.tile(hidden) < shape.tokens
+    kept = numerics.norm_bytes(hidden, tiled=tiled) * shape.tokens
+    own_input = numerics.residual * shape.tokens * hidden if numerics.keeps_norm_input(tiled=tiled) else 0
+    return float(kept), float(own_input)
 
 
 def ffn_part(architecture: Architecture, ffn: FFNConfig, shape: Shape, numerics: Numerics) -> Part | None:
@@ -132,25 +144,27 @@ def ffn_part(architecture: Architecture, ffn: FFNConfig, shape: Shape, numerics:
         return None
     tokens, hidden, c = shape.tokens, architecture.hidden_dim, numerics.product
     params = ffn_params(architecture, ffn)
+    norm, norm_input = _norm(hidden, shape, numerics)
     if ffn.ffn_dim is None:
-        norm = numerics.norm_bytes(hidden, 1, tiled=shape.tile(hidden) < tokens) * tokens
-        return Part(saved=norm, backward=c * tokens * hidden, num_params=params, largest_matrix=hidden**2)
-    width = ffn.ffn_dim
-    inner = (2 if numerics.compiled else 4) * c * width
-    extra = (4 if numerics.compiled else 2) * c * width
-    norm = numerics.norm_bytes(hidden, 2)
-    tile = shape.tile(width)
-    if tile < tokens:
-        # Gradients of the weights are summed over the tiles in fp32 (distill.tile_weights).
-        kept = 2 * numerics.residual * tokens * hidden
         return Part(
-            saved=kept,
-            backward=tile * (inner + extra + norm) + 4 * params,
+            saved=norm + numerics.product_input_bytes(hidden, 1) * tokens,
+            backward=c * tokens * hidden,
             num_params=params,
-            largest_matrix=width * hidden,
+            largest_matrix=hidden**2,
+            norm_input=norm_input,
         )
-    saved = tokens * (norm + inner)
-    return Part(saved=saved, backward=tokens * extra, num_params=params, largest_matrix=width * hidden)
+    width = ffn.ffn_dim
+    inner = (2 if numerics.compiled else 4) * c * width + numerics.product_input_bytes(hidden, 2)
+    extra = (4 if numerics.compiled else 2) * c * width
+    tile = shape.tile(max(width, hidden))
+    if tile < tokens:
+        # Tiles of FFN and norm start from whole tensors: the norm's output is kept as it is. Gradients of the weights
+        # are summed over the tiles in fp32 (distill.tile_weights).
+        saved = norm + numerics.residual * tokens * hidden
+        backward = tile * (inner + extra + numerics.norm_bytes(hidden)) + 4 * params
+    else:
+        saved, backward = norm + tokens * inner, tokens * extra
+    return Part(saved=saved, backward=backward, num_params=params, largest_matrix=width * hidden, norm_input=norm_input)
 
 
 def block_parts(

@@ -10,7 +10,8 @@ from typing import Any
 from distill.config import EngineConfig
 from distill.engine.layout import check_layout
 from launch.plan_megatron import megatron_memory
-from launch.plan_memory import Memory, Step, training_memory
+from launch.plan_memory import Memory, training_memory
+from launch.plan_step import Step
 from puzzle.model.parallelism import check_parallelism
 
 ALLOCATOR_FRAC = 0.05

@@ -13,9 +13,10 @@ from typing import Any
 from distill.config import EngineConfig, ObjectiveConfig, TrainConfig
 from launch.plan_activations import Numerics, Shape, forward_bytes
 from launch.plan_heads import chunk_rows
-from launch.plan_memory import Memory, Step
+from launch.plan_memory import Memory
 from launch.plan_models import PlannedModel
 from launch.plan_state import POINT_BYTES, product_bytes
+from launch.plan_step import Step
 from puzzle.config import SpaceConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.stats import (

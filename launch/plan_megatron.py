@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from distill.engine.megatron_stages import ModelCosts, StagePlan, plan_stages
 from launch.plan_activations import Numerics
 from launch.plan_heads import Parts, head_bytes
-from launch.plan_memory import Memory, Step, point_copy
+from launch.plan_memory import Memory, point_copy
 from launch.plan_state import POINT_BYTES, product_bytes
+from launch.plan_step import Step
 from puzzle.model.architecture import Architecture, BlockConfig
 from puzzle.model.stats import attention_flops_per_token, block_params, ffn_flops_per_token
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from distill.config import EngineConfig, ObjectiveConfig
-from distill.engine.layout import num_model_ranks
 from launch.plan_activations import Numerics, Part, Shape, block_parts, forward_bytes, widest_ffn
 from launch.plan_heads import Parts, head_bytes
 from launch.plan_state import (
@@ -26,59 +24,13 @@ from launch.plan_state import (
     student_state,
     teacher_bytes,
 )
+from launch.plan_step import Step
 from puzzle.model.architecture import Architecture
 from puzzle.model.stats import block_params, num_params
 from puzzle.model.tensor_layout import block_shapes
 
 PIECE_BYTES = 32 * 2**20
 """``distill.memory.PIECE_BYTES``: unit of CPU memory for block inputs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step: who trains on what, and how it is dealt."""
-
-    student: Architecture
-    teacher: Architecture | None = None
-    """Runs beside the student; None: no one, or a cache."""
-    objective: ObjectiveConfig
-    engine: EngineConfig
-    num_ranks: int
-    batch_size: int
-    """Sequences, over all ranks."""
-    seq_len: int
-    background_points: bool = False
-    """A resume point is copied to CPU memory, and written while the next steps run (``resume_points.background``)."""
-
-    @property
-    def data_ranks(self) -> int:
-        """Ranks with sequences of their own."""
-        return self.num_ranks // num_model_ranks(self.engine)
-
-    @property
-    def micro_sequences(self) -> int:
-        """Sequences in one forward pass (``distill.engine.base.micro_batch_size``)."""
-        own = max(1, self.batch_size // self.data_ranks)
-        most, part = self.engine.micro_batch_tokens, self.seq_len // self.engine.sequence_parallel
-        return own if most == 0 else max(1, min(own, most // part))
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward passes of a step on one rank."""
-        return -(-max(1, self.batch_size // self.data_ranks) // self.micro_sequences)
-
-    @property
-    def micro_tokens(self) -> int:
-        """Tokens in one forward pass on one rank."""
-        return self.micro_sequences * self.seq_len // self.engine.sequence_parallel
-
-    @property
-    def numerics(self) -> Numerics:
-        """Autocast keeps the residual stream in fp32 beside fp32 weights; weights in bf16 make it bf16."""
-        autocast = self.engine.name == "torch" and not is_sharded(self.engine)
-        c = product_bytes(self.engine)
-        flash = c == 2 or self.engine.device == "cpu"
-        return Numerics(residual=4 if autocast else c, product=c, compiled=self.engine.compile, flash=flash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,16 +275,21 @@ class _Timeline:
     def _block_moments(self, index: int) -> Iterator[tuple[str, Parts]]:
         attention, ffn = self._blocks[index]
         terms = self._hidden_terms() if self._step.objective.compares_hidden else {}
-        common = self._sum(
-            self._static(), self._gradients(index + 1), terms, self._gathered(index), self._gradient_streams()
-        )
+        common = self._sum(self._static(), self._gradients(index + 1), terms, self._gathered(index))
         others = self._kept_bytes(index if self._step.engine.recompute else index - 1)
-        if self._step.engine.recompute and attention is not None:
-            others -= attention.block_input
-        for name, part, saved in (("FFN", ffn, (attention, ffn)), ("attention", attention, (attention,))):
+        first = attention or ffn
+        if self._step.engine.recompute and first is not None:
+            others -= first.norm_input  # the block's own input, kept once
+        # The gradient of the residual stream, which is also that of the update. An FFN's input has one besides; that of
+        # attention's comes when the kernel's memory is free again.
+        stream = self._numerics.residual * self._stream
+        for name, part, saved, streams in (
+            ("FFN", ffn, (attention, ffn), 2),
+            ("attention", attention, (attention,), 1),
+        ):
             if part is None:
                 continue
-            own = sum(p.saved for p in saved if p is not None) + part.backward
+            own = sum(p.saved for p in saved if p is not None) + part.backward + streams * stream
             parts = self._sum(
                 common, {"activations": others + own}, self._block_casts(index), self._new_gradients(index, part)
             )
@@ -344,10 +301,6 @@ class _Timeline:
         number = 1 if self._step.engine.recompute or self._numerics.compiled else index + 1
         values = sum(self._matrices[index - number + 1 : index + 1])
         return {"weight casts": float(self._numerics.product * values)}
-
-    def _gradient_streams(self) -> Parts:
-        """Of the residual stream and of the update that is taken apart."""
-        return {"activations": 2.0 * self._numerics.residual * self._stream}
 
     def _gradients(self, index: int) -> Parts:
         """Of blocks ``index`` and above, and of the head; those that are made in fp32 and stay."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from distill.config import require
 from distill.utilization import training_flops
-from launch.plan_memory import Step
 from launch.plan_state import is_sharded, product_bytes
+from launch.plan_step import Step
 from puzzle.config import HardwareConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.stats import ffn_flops_per_token, num_params, sequence_flops

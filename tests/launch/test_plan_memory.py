@@ -18,13 +18,14 @@ from distill.engine import torch_state
 from distill.engine.setup import TrainingSetup
 from distill.engine.torch_engine import TorchEngine
 from launch import plan_demands, plan_heads, plan_memory
-from launch.plan_activations import Numerics, Shape, block_parts
+from launch.plan_activations import Numerics, Shape, block_parts, widest_ffn
 from launch.plan_advice import Limits, fits, nearest_fit, step_memory
 from launch.plan_heads import chunk_rows, head_bytes
 from launch.plan_megatron import megatron_memory, stage_params, stage_plan
-from launch.plan_memory import Step, training_memory
+from launch.plan_memory import training_memory
 from launch.plan_models import known_architecture
 from launch.plan_state import State, point_bytes, student_state, teacher_bytes
+from launch.plan_step import Step
 from launch.plan_time import Rates, step_flops, step_time
 from puzzle import bld
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
@@ -78,31 +79,33 @@ def saved_bytes(model: nn.Module, mode: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - casts
 
 
-@pytest.mark.parametrize("tile_tokens", [0, 8])
+# Of 128 tokens: none in tiles, FFNs in tiles and norms not, both.
+@pytest.mark.parametrize("tile_tokens", [0, 16, 8])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("attention", "ffn"), SUBBLOCKS, ids=lambda part: part.name)
 def test_activations_are_those_that_autograd_saves(
     pico_architecture: Architecture, attention: AttentionConfig, ffn: FFNConfig, mode: str, tile_tokens: int
 ) -> None:
     block = BlockConfig(attention=attention, ffn=ffn, parent_block_indices=(0,))
-    model = build_model(replace(pico_architecture, blocks=(block,)), seed=0).train()
+    architecture = replace(pico_architecture, blocks=(block,))
+    model = build_model(architecture, seed=0).train()
     if mode == "bf16":
         model = model.bfloat16()
     if tile_tokens > 0:
         memory.tile_ffns(model, tile_tokens)
-    shape = Shape(tokens=TOKENS, seq_len=TOKENS, tile_tokens=tile_tokens, widest=512)
-    parts = block_parts(pico_architecture, block, shape, MODES[mode])
+    shape = Shape(tokens=TOKENS, seq_len=TOKENS, tile_tokens=tile_tokens, widest=widest_ffn(architecture))
+    parts = block_parts(architecture, block, shape, MODES[mode])
     assert sum(part.saved for part in parts if part is not None) == saved_bytes(model, mode)
 
 
 def test_tiles_keep_inputs_alone(pico_architecture: Architecture) -> None:
     block = BlockConfig(attention=NO_ATTENTION, ffn=WIDE, parent_block_indices=(0,))
-    shape = Shape(tokens=TOKENS, seq_len=TOKENS, tile_tokens=32, widest=512)
+    shape = Shape(tokens=TOKENS, seq_len=TOKENS, tile_tokens=8, widest=512)
     _, part = block_parts(pico_architecture, block, shape, MODES["bf16"])
     assert part is not None
     # Inputs of the norm and of the FFN, in bf16; one tile of 4 activations, 2 gradients and a norm; fp32 sums.
     assert part.saved == 2 * 2 * TOKENS * 64
-    assert part.backward == 32 * (6 * 2 * 512 + 8 * 64 + 4) + 4 * (3 * 512 * 64 + 64)
+    assert part.backward == 8 * (6 * 2 * 512 + 8 * 64 + 4) + 4 * (3 * 512 * 64 + 64)
 
 
 @pytest.fixture

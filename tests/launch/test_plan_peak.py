@@ -14,7 +14,8 @@ from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, RopeConfi
 from distill.data.batch import Batch
 from distill.engine.setup import TrainingSetup
 from distill.engine.torch_engine import TorchEngine
-from launch.plan_memory import Step, training_memory
+from launch.plan_memory import training_memory
+from launch.plan_step import Step
 from puzzle.model.architecture import NO_ATTENTION, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import build_model, save_model
 from puzzle.model.provider import DirectoryProvider

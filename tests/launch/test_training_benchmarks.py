@@ -145,6 +145,22 @@ def test_a_part_of_the_child_has_its_widest_blocks(load: Load) -> None:
     assert max(heads or 0 for heads, *_ in part) == max(heads or 0 for heads, *_ in child)
 
 
+def test_gradients_are_compared_in_fp64(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load("teacher_cache")
+    monkeypatch.setattr(program, "_PIECE", 1000)
+    expected = torch.randn(2500, generator=torch.Generator().manual_seed(0))
+    across = torch.randn(2500, generator=torch.Generator().manual_seed(1))
+    across -= expected * (expected @ across) / (expected @ expected)
+    found = 2 * expected + across
+    error, cosine = program.distance(found, expected)
+    a, b = found.double(), expected.double()
+    assert error == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-12)
+    assert cosine == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-12)
+    # fp32 squares of 1e-4 vanish beside 1e4: a sum in fp32 is not this one.
+    assert program.distance(torch.tensor([1e4, *1000 * [1e-4]]), torch.tensor([1e4, *1000 * [0.0]]))[0] > 0
+    assert program.distance(expected, expected) == (0, pytest.approx(1, rel=1e-15))
+
+
 def test_host_memory_that_no_process_counts_as_its_own_is_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinned memory is missing from a process's resident memory, and from the memory that the host has left."""
     trials = load("training_trials")
