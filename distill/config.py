@@ -219,6 +219,11 @@ class ObjectiveConfig:
         return self.kld > 0 or self.compares_hidden
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether a term is on the student's logits; without one its head neither runs nor learns."""
+        return self.kld > 0 or self.lm > 0
+
+    @property
     def compares_hidden(self) -> bool:
         """Whether a term compares hidden states block by block."""
         return self.hidden_cosine > 0 or self.hidden_mse > 0

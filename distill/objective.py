@@ -106,7 +106,7 @@ class Objective:
         metrics: dict[str, Tensor] = {}
         if taught is not None and compares_hidden:
             loss, metrics = self._hidden_terms(outputs.hidden_states[1:], taught, totals)
-        if self.config.kld > 0 or self.config.lm > 0:
+        if self.config.reads_logits:
             head = model.get_output_embeddings().weight
             head_loss, head_metrics = self._head_terms(outputs.last_hidden_state, head, batch, taught, totals)
             loss, metrics = loss + head_loss, metrics | head_metrics

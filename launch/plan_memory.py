@@ -92,7 +92,7 @@ class _Timeline:
         self._stream = step.micro_tokens * step.student.hidden_dim
         """Values of the residual stream."""
         self._head_values = step.student.vocab_size * step.student.hidden_dim
-        self._trains_head = step.objective.kld > 0 or step.objective.lm > 0
+        self._trains_head = step.objective.reads_logits
 
     def moments(self) -> Iterator[tuple[str, Parts]]:
         """Name and parts of every moment that may be the fullest."""

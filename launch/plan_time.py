@@ -91,10 +91,12 @@ def step_time(step: Step, rates: Rates) -> StepTime:
 
 def step_flops(step: Step) -> float:
     """FLOPs of one optimizer step, with what is computed again."""
-    student = sequence_flops(step.student, step.seq_len)
-    flops = training_flops(student, 0 if step.teacher is None else sequence_flops(step.teacher, step.seq_len))
+    objective, teacher = step.objective, 0
+    if step.teacher is not None:
+        teacher = sequence_flops(step.teacher, step.seq_len, head=objective.kld > 0)
+    flops = training_flops(sequence_flops(step.student, step.seq_len, head=objective.reads_logits), teacher)
     if step.engine.recompute:
-        flops += student - 2 * step.student.vocab_size * step.student.hidden_dim * step.seq_len
+        flops += sequence_flops(step.student, step.seq_len, head=False)
     if 0 < step.engine.ffn_tile_tokens < step.micro_tokens:
         flops += sum(ffn_flops_per_token(step.student, block.ffn) for block in step.student.blocks) * step.seq_len
     return flops * step.batch_size

@@ -176,9 +176,10 @@ def _step_s_at_peak(
     peak = peak_flops_per_s(name, engine)
     if peak is None:
         return None
-    runs = setup.teacher is not None and setup.objective.needs_teacher and engine.teacher_device == "same"
-    teacher = setup.teacher.sequence_flops(budget.seq_len) if setup.teacher is not None and runs else 0
-    flops = training_flops(setup.student.sequence_flops(budget.seq_len), teacher)
+    objective, teacher = setup.objective, 0
+    if setup.teacher is not None and objective.needs_teacher and engine.teacher_device == "same":
+        teacher = setup.teacher.sequence_flops(budget.seq_len, head=objective.kld > 0)
+    flops = training_flops(setup.student.sequence_flops(budget.seq_len, head=objective.reads_logits), teacher)
     return flops * budget.batch_size / (peak * distributed.world_size())
 
 

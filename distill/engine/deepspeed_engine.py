@@ -24,7 +24,7 @@ from distill.engine import deepspeed_files
 from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
 from distill.engine.random_state import load_random_state, random_state
 from distill.engine.setup import ModelProvider, TrainingSetup
-from distill.engine.student_step import StudentStep, evaluate_step, own_part, prepare_student, sum_metrics, trains_head
+from distill.engine.student_step import StudentStep, evaluate_step, own_part, prepare_student, sum_metrics
 from distill.engine.teachers import build_teachers
 from distill.objective import Objective, Totals
 from distill.optim import build_optimizer
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         assert batch_size % self.num_data_ranks == 0, f"{batch_size} sequences for {self.num_data_ranks} data ranks"
         self._provider = setup.student
         self._dtype = resolve_dtype(engine)
-        self._trains_head = trains_head(setup.objective)
+        self._trains_head = setup.objective.reads_logits
         self._num_positions = batch_size * seq_len
         sequences = batch_size // self.num_data_ranks
         self._micro_batch = micro_batch_size(engine, batch_size=sequences, seq_len=seq_len // self._ranks.num_parts)

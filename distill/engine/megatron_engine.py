@@ -83,7 +83,7 @@ class MegatronEngine:
         student = self._build(self._model, setup.student, self._plan.student, seq_len, recompute=engine.recompute)
         self._layouts = self._model.layouts(self._plan.first_block(_stage()), self._plan.student[_stage()])
         self._parameters = dict(student.named_parameters())
-        if not (setup.objective.kld > 0 or setup.objective.lm > 0) and parallel_state.is_pipeline_last_stage():
+        if not setup.objective.reads_logits and parallel_state.is_pipeline_last_stage():
             # Nothing gives the head a gradient, and weight decay alone is not to move it.
             student.head.requires_grad_(self._model.tied)
         teacher = None
@@ -221,7 +221,7 @@ class MegatronEngine:
             names.append("hidden_mse")
         if config.kld > 0:
             names.append(divergence_name(config.divergence, top_k=self._cached is not None))
-        return [*names, "lm_loss"] if config.kld > 0 or config.lm > 0 else names
+        return [*names, "lm_loss"] if config.reads_logits else names
 
     def _over_ranks(self, sums: dict[str, Tensor], names: list[str], *, over_tokens: bool) -> dict[str, Tensor]:
         """Sums over stages and data ranks, and with ``over_tokens`` over the tensor ranks' parts of the sequence."""
@@ -278,7 +278,7 @@ def _overlaps(engine: EngineConfig, objective: ObjectiveConfig, *, tied: bool) -
 
     Not where the last stage has a copy of the embedding that no term gives a gradient: megatron-core would wait for it.
     """
-    trains_copy = not tied or engine.pipeline_parallel == 1 or objective.kld > 0 or objective.lm > 0
+    trains_copy = not tied or engine.pipeline_parallel == 1 or objective.reads_logits
     return torch.cuda.is_available() and trains_copy
 
 

@@ -83,7 +83,7 @@ class Stage:
                 return self._outgoing(hidden if term is None else add_term(hidden, term), taught), _unused_loss
             loss = torch.zeros((), device=hidden.device) if term is None else term
             found["loss"] = loss.detach()
-            if self.objective.kld > 0 or self.objective.lm > 0:
+            if self.objective.reads_logits:
                 head_loss, head_metrics = self._head_terms(hidden, taught, batch, totals, cached)
                 loss = loss + head_loss
                 # Every rank of the tensor group has the heads' terms whole, and under sequence parallel a part of the

@@ -26,8 +26,8 @@ class ModelProvider(Protocol):
     def dtype(self) -> torch.dtype:
         """Data type that the weights are stored in."""
 
-    def sequence_flops(self, seq_len: int) -> int:
-        """FLOPs of the matrix products in one forward pass over a sequence of ``seq_len`` tokens, head included."""
+    def sequence_flops(self, seq_len: int, *, head: bool = True) -> int:
+        """FLOPs of the matrix products in one forward pass over ``seq_len`` tokens, with or without the head."""
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The whole model with its weights, in evaluation mode, with the Hugging Face surface."""

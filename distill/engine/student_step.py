@@ -94,15 +94,10 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def trains_head(objective: ObjectiveConfig) -> bool:
-    """Whether a term of ``objective`` is on the logits."""
-    return objective.kld > 0 or objective.lm > 0
-
-
 def freeze_untrained(model: nn.Module, objective: ObjectiveConfig) -> None:
     """Take what no term of ``objective`` reaches out of training: without a term on the logits, a head of its own."""
     head = model.get_output_embeddings().weight
-    if not trains_head(objective) and head is not model.get_input_embeddings().weight:
+    if not objective.reads_logits and head is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
 
 

@@ -79,9 +79,9 @@ class DirectoryProvider:
         """Data type that the weights are stored in."""
         return self._dtype
 
-    def sequence_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of one sequence, head included."""
-        return sequence_flops(self.architecture, seq_len)
+    def sequence_flops(self, seq_len: int, *, head: bool = True) -> int:
+        """Forward FLOPs of one sequence, with or without the head."""
+        return sequence_flops(self.architecture, seq_len, head=head)
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The whole model with its weights, in evaluation mode, with the Hugging Face surface."""

@@ -85,9 +85,13 @@ def flops_per_token(architecture: Architecture, context_tokens: int) -> int:
     return flops
 
 
-def sequence_flops(architecture: Architecture, seq_len: int) -> int:
-    """Forward FLOPs of one sequence of ``seq_len`` tokens: the sum of :func:`flops_per_token` over its positions."""
+def sequence_flops(architecture: Architecture, seq_len: int, *, head: bool = True) -> int:
+    """Forward FLOPs of one sequence of ``seq_len`` tokens: the sum of :func:`flops_per_token` over its positions.
+
+    With ``head`` False, of the blocks alone.
+    """
     # They grow linearly with the position, up to the sliding window.
     window = min(seq_len, architecture.sliding_window or seq_len)
     first, last = flops_per_token(architecture, 1), flops_per_token(architecture, window)
-    return (first + last) * window // 2 + last * (seq_len - window)
+    flops = (first + last) * window // 2 + last * (seq_len - window)
+    return flops if head else flops - 2 * architecture.vocab_size * architecture.hidden_dim * seq_len

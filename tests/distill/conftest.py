@@ -55,7 +55,7 @@ class LlamaProvider:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def sequence_flops(self, seq_len: int) -> int:
+    def sequence_flops(self, seq_len: int, *, head: bool = True) -> int:
         raise NotImplementedError
 
     def load(self, *, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:

@@ -361,6 +361,9 @@ def test_time_by_hand(pico_architecture: Architecture) -> None:
     assert step_flops(step) == 3 * per_token * 8192
     again = step_on(pico_architecture, recompute=True)
     assert step_flops(again) == (4 * per_token - 2 * 320 * 64) * 8192
+    # No head runs where no term is on the logits.
+    hidden = replace(step, teacher=pico_architecture, objective=ObjectiveConfig(hidden_cosine=1.0))
+    assert step_flops(hidden) == (3 + 1) * (per_token - 2 * 320 * 64) * 8192
     rates = Rates(flops_per_s=1e9, link_bytes_per_s=1e6, gpus_per_node=8)
     alone = step_time(step, rates)
     assert alone.total_s == alone.compute_s == step_flops(step) / 1e9

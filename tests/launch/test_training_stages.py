@@ -207,27 +207,33 @@ def test_utilization_is_of_a_stated_peak_and_left_out_without_one(
 
 
 @pytest.mark.parametrize(
-    ("engine", "objective", "teacher_counts"),
+    ("engine", "objective", "teacher_counts", "heads"),
     [
-        ({}, {"kld": 1.0}, True),
-        ({}, {"lm": 1.0}, False),
+        ({}, {"kld": 1.0}, True, (True, True)),
+        ({}, {"lm": 1.0}, False, (True, True)),
+        ({}, {"lm": 1.0, "hidden_cosine": 1.0}, True, (True, False)),
+        ({}, {"hidden_cosine": 1.0}, True, (False, False)),
         # That device is not among those whose peak counts.
-        ({"teacher_device": "cpu"}, {"kld": 1.0}, False),
+        ({"teacher_device": "cpu"}, {"kld": 1.0}, False, (True, True)),
     ],
 )
-def test_the_teacher_counts_where_it_runs_on_the_same_devices(
+def test_a_model_counts_where_it_runs_on_the_same_devices_and_a_head_where_it_runs(
     inputs: dict[str, Artifact],
     monkeypatch: pytest.MonkeyPatch,
     engine: dict[str, str],
     objective: dict[str, float],
     teacher_counts: bool,
+    heads: tuple[bool, bool],
 ) -> None:
     student, teacher = (DirectoryProvider(inputs[role].path) for role in ("student", "teacher"))
     setup = TrainingSetup(student=student, objective=ObjectiveConfig(**objective), teacher=teacher)
     config = EngineConfig(device="cpu", peak_flops_per_s=1e9, **engine)  # type: ignore[arg-type]
     monkeypatch.setattr(training.distributed, "world_size", lambda: 4)
     budget = DISTILL.distill
-    flops = 3 * student.sequence_flops(budget.seq_len) + teacher_counts * teacher.sequence_flops(budget.seq_len)
+    own, other = (
+        model.sequence_flops(budget.seq_len, head=head) for model, head in zip((student, teacher), heads, strict=True)
+    )
+    flops = 3 * own + teacher_counts * other
     seconds = training._step_s_at_peak(setup, budget, config, torch.device("cpu"))
     assert seconds == pytest.approx(flops * budget.batch_size / 4e9)
 

@@ -81,6 +81,8 @@ def test_flops_of_a_sequence_are_the_sum_over_its_positions(
     architecture = replace(heterogeneous_architecture, sliding_window=window)
     counted = sum(stats.flops_per_token(architecture, position) for position in range(1, 8))
     assert stats.sequence_flops(architecture, 7) == counted
+    head = 2 * architecture.vocab_size * architecture.hidden_dim
+    assert stats.sequence_flops(architecture, 7, head=False) == counted - 7 * head
 
 
 def test_published_parameter_counts() -> None:
