@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from distill.engine.base import Engine
 from distill.metrics import Row, StepMeter
 from distill.point_writer import PointWriter
 from distill.schedule import learning_rate
+from distill.soundness import first_not_finite
 from distill.tracking import Tracker
 
 FLUSH_EVERY_STEPS = 10
@@ -28,12 +28,11 @@ FLUSH_EVERY_STEPS = 10
 class BatchSource(Protocol):
     """Batches as a pure function of the step, so that a resumed run sees the same data at any number of ranks."""
 
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of one epoch."""
-
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         """Data rank ``rank``'s equal share, in order, of the sequences of optimizer step ``step``, on the CPU."""
+
+    def whereabouts(self, step: int) -> str:
+        """Where a user finds the text of optimizer step ``step``, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,8 @@ def train(
             that is reached (``perf/mfu_frac``); None: not known.
 
     Raises:
-        ValueError: a metric is not finite, or a resume point could not be written or loaded.
+        SharedError: a metric is not finite; in all processes, at the same step.
+        ValueError: a resume point could not be written or loaded.
     """
     torch.manual_seed(seed + engine.data_rank)
     with PointWriter(resume_dir, keep=train.kept_points, background=train.resume_points.background) as points:
@@ -199,8 +199,8 @@ class _Run:
         return stops
 
     def _add_steps(self, rows: list[Row], num_steps_done: int) -> None:
-        for step, row in enumerate(rows, start=num_steps_done - len(rows) + 1):
-            self._add(row, step, read=self._position(step - 1))
+        first_step = num_steps_done - len(rows)
+        self._add(rows, first_step + 1, whereabouts=lambda row: self._batches.whereabouts(first_step + row))
 
     def _add_evaluation(self, *, step: int) -> None:
         if self._held_out is None:
@@ -208,25 +208,23 @@ class _Run:
         metrics = self._engine.evaluate(self._held_out)
         tokens = self._tokens_before + step * self._train.tokens_per_step
         row = {"tokens": tokens, **{f"eval/{name}": value for name, value in metrics.items()}}
-        self._add(row, step, read="held-out sequences")
+        self._add([row], step, whereabouts=lambda _: "held-out sequences")
 
-    def _add(self, row: Row, step: int, *, read: str) -> None:
-        for name, value in row.items():
-            if not math.isfinite(value):
-                point = self._points.last_committed() or "none"
-                raise ValueError(
-                    f"{self._desc}: {name} is {value} at step {step} ({row['tokens']:,} tokens), on {read}; last good "
-                    f"resume point: {point}; lower optim.lr, or look at that data and at the "
-                    "weights that it started from"
-                )
-        self.curve.append(row)
-        if self._tracker is not None:
-            self._tracker.log(row)
-
-    def _position(self, step: int) -> str:
-        """Where the sequences of step number ``step``, from 0, stand in the data."""
-        epoch, offset = divmod(step * self._train.batch_size, self._batches.num_sequences)
-        return f"the {self._train.batch_size} sequences from number {offset} of epoch {epoch}"
+    def _add(self, rows: list[Row], step: int, *, whereabouts: Callable[[int], str]) -> None:
+        """Add rows, the first of which is of ``step``; ``whereabouts`` says of which text a row is."""
+        bad = first_not_finite(rows)
+        for row in rows if bad is None else rows[: bad.row]:
+            self.curve.append(row)
+            if self._tracker is not None:
+                self._tracker.log(row)
+        if bad is not None:
+            raise bad.error(
+                desc=self._desc,
+                step=step + bad.row,
+                tokens=rows[bad.row]["tokens"],
+                read=whereabouts(bad.row),
+                point=self._points.last_committed(),
+            )
 
     def _save(self, num_steps_done: int, *, waits: bool) -> None:
         tokens = num_steps_done * self._train.tokens_per_step

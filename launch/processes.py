@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from distill.failures import SharedError
 from launch.preemption import EXIT_STATUS, Preempted
 from launch.registry import STAGES
 from launch.stage import Inputs, StageContext, StageResult
@@ -88,7 +89,7 @@ def run_body(stage: str, config: Any, inputs: Inputs, context: StageContext) -> 
     """The body of ``stage``, in all processes if it is for all, called in the first.
 
     Raises:
-        ValueError: it failed in the first process, before it failed anywhere else.
+        ValueError: it failed in the first process, before it failed anywhere else, or in all for one reason.
         AlreadyToldError: it failed in another process first.
     """
     task = _Task(stage=stage, config=config, inputs=inputs, context=context)
@@ -112,7 +113,7 @@ def _follow() -> int:
                 _distributed().leave()
             return task
         # The first process hears of it too, and says how it ends.
-        with suppress(Preempted):
+        with suppress(Preempted, SharedError):
             _run_together(task)
 
 
@@ -121,7 +122,7 @@ def _run_together(task: _Task) -> StageResult:
     try:
         with distributed.together():
             return _body(task)
-    except Preempted:
+    except (Preempted, SharedError):
         raise
     except BaseException as error:
         if not _first_to_fail() and isinstance(error, Exception):

@@ -15,6 +15,9 @@ from torch import Tensor
 from distill.config import TrainConfig, require
 from distill.data.batch import IGNORE_INDEX, Batch
 
+NAMED_SEQUENCES = 8
+"""Most sequences that a message names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSplit:
@@ -23,6 +26,10 @@ class TokenSplit:
     name: str
     tokens: NDArray[np.unsignedinteger]
     """[num_tokens]"""
+    file: Path | None = None
+    """Array file that the tokens are read from; None: there is none."""
+    first_token: int = 0
+    """Position in ``file`` of what is ``tokens[0]`` here."""
 
     @property
     def num_tokens(self) -> int:
@@ -31,7 +38,7 @@ class TokenSplit:
 
     def beyond(self, num_tokens: int) -> TokenSplit:
         """The split without its first ``num_tokens`` tokens."""
-        return replace(self, tokens=self.tokens[num_tokens:])
+        return replace(self, tokens=self.tokens[num_tokens:], first_token=self.first_token + num_tokens)
 
     def num_sequences(self, seq_len: int) -> int:
         """Whole sequences of ``seq_len`` tokens, side by side."""
@@ -85,7 +92,8 @@ class TokenDataset:
 
     def split(self, name: str) -> TokenSplit:
         """One of train, validation, calibration."""
-        return TokenSplit(name=name, tokens=np.load(self.directory / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+        file = self.directory / f"{name}.npy"
+        return TokenSplit(name=name, tokens=np.load(file, mmap_mode="r", allow_pickle=False), file=file)
 
 
 class Batches:
@@ -147,13 +155,31 @@ class Batches:
         assert 0 <= rank < num_ranks
         assert self._batch_size % num_ranks == 0, f"{self._batch_size} sequences for {num_ranks} ranks"
         share = self._batch_size // num_ranks
-        first = step * self._batch_size + rank * share
-        indices = [self._sequence_index(position) for position in range(first, first + share)]
+        indices = self._indices(step * self._batch_size + rank * share, share)
         batch = replace(
             Batch.of(self._split.sequences(self._seq_len, indices)),
             sequence_ids=torch.tensor(indices, dtype=torch.int64),
         )
         return batch if self._eos_token_id is None else documents_apart(batch, self._eos_token_id)
+
+    def whereabouts(self, step: int) -> str:
+        """The sequences of step ``step`` of all ranks, and where their tokens stand, in words.
+
+        Of more than :data:`NAMED_SEQUENCES` the first are named.
+        """
+        indices = self._indices(step * self._batch_size, self._batch_size)
+        named = indices[:NAMED_SEQUENCES]
+        firsts = [self._split.first_token + index * self._seq_len for index in named]
+        begin, further = self._split.first_token, len(indices) - len(named)
+        return (
+            f"sequences {', '.join(map(str, named))}{f' and {further} more' * (further > 0)} of {self._seq_len} tokens"
+            f"{f', counted from token {begin} on,' * (begin > 0)} of {self._split.file or self._split.name}: "
+            f"tokens {', '.join(f'{first}-{first + self._seq_len - 1}' for first in firsts)}"
+        )
+
+    def _indices(self, first: int, num: int) -> list[int]:
+        """Sequences at ``num`` positions in the order of all epochs."""
+        return [self._sequence_index(position) for position in range(first, first + num)]
 
     def _sequence_index(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_sequences)

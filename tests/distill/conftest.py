@@ -103,15 +103,14 @@ class RandomBatches:
     batch_size: int
     seq_len: int
 
-    @property
-    def num_sequences(self) -> int:
-        return 3 * self.batch_size
-
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         shape = (self.batch_size, self.seq_len)
         whole = Batch.of(torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(step % 3)))
         share = self.batch_size // num_ranks
         return whole.rows(rank * share, (rank + 1) * share)
+
+    def whereabouts(self, step: int) -> str:
+        return f"tokens of seed {step % 3}"
 
 
 @pytest.fixture

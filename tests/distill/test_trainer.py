@@ -24,6 +24,7 @@ from distill.data.batch import Batch
 from distill.engine.base import create_engine
 from distill.engine.setup import ModelProvider, TrainingSetup
 from distill.engine.torch_engine import TorchEngine
+from distill.point_writer import PointWriter
 from distill.tracking import Tracker
 from distill.trainer import BatchSource, TrainResult, train
 
@@ -104,12 +105,14 @@ class KilledAt:
 
     batches: BatchSource
     step: int
-    num_sequences: int = 12
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         if step == self.step:
             raise KeyboardInterrupt
         return self.batches.batch(step, rank, num_ranks)
+
+    def whereabouts(self, step: int) -> str:
+        return self.batches.whereabouts(step)
 
 
 def test_training_closes_the_gap_to_the_teacher(lab: Lab) -> None:
@@ -170,7 +173,6 @@ class Opening:
     opens_at: int
     dies_at: int
     may_write: threading.Event
-    num_sequences: int = 12
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         if step == self.opens_at:
@@ -178,6 +180,9 @@ class Opening:
         if step == self.dies_at:
             raise KeyboardInterrupt
         return self.batches.batch(step, rank, num_ranks)
+
+    def whereabouts(self, step: int) -> str:
+        return self.batches.whereabouts(step)
 
 
 @pytest.mark.parametrize("dies_at", [9, 14])
@@ -310,29 +315,70 @@ class PoisonedAt:
     batches: BatchSource
     step: int
     student: nn.Module
-    num_sequences: int = 12
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         if step == self.step:
             _break(self.student)
         return self.batches.batch(step, rank, num_ranks)
 
+    def whereabouts(self, step: int) -> str:
+        return self.batches.whereabouts(step)
 
-def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab) -> None:
-    engine = lab.engine(seed=0)
-    with pytest.raises(ValueError, match=r"^pico: train/loss is nan at step 8 \(256 tokens\)") as error:
+
+def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab, tmp_path: Path) -> None:
+    """The same command goes on from the last good point, as if nothing had been."""
+    engine = lab.engine(seed=0, dropout=0.2)
+    with pytest.raises(
+        ValueError, match=r"^pico: train/loss is nan at step 8 \(256 tokens\), on tokens of seed 1;"
+    ) as error:
         lab.run(engine, batches=PoisonedAt(lab.batches, 7, engine.student))
-    # Seven steps of 4 sequences came before, of 12 an epoch.
-    assert "on the 4 sequences from number 4 of epoch 2" in str(error.value)
-    assert str(lab.directory / "resume" / "step_5") in str(error.value)
+    assert f"last good resume point: {lab.directory / 'resume' / 'step_5'}; the same command" in str(error.value)
+    assert "\n" not in str(error.value)
     assert lab.points() == ["step_5"]
     assert lab.rows()[-1]["tokens"] == 224  # the last sound step
+
+    other = replace(lab, directory=tmp_path / "other")
+    other.directory.mkdir()
+    uninterrupted, resumed = lab.engine(seed=0, dropout=0.2), lab.engine(seed=0, dropout=0.2)
+    reference = other.run(uninterrupted)
+    assert _without_clock(lab.run(resumed).curve) == _without_clock(reference.curve)
+    expected = _parameters(uninterrupted)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in _parameters(resumed).items())
+
+
+@pytest.mark.parametrize("poisoned_at", [10, 11, 14])
+def test_the_point_on_its_way_is_waited_for_and_named(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, poisoned_at: int
+) -> None:
+    """The state after 10 steps reaches the disk only when all is read, in a later step that ends the run."""
+    stopped, start, last = threading.Event(), resume._start, PointWriter.last_committed
+
+    def start_late(partial: Path) -> None:
+        if partial.name.startswith("step_10"):
+            assert stopped.wait(60), "the run goes on"
+        start(partial)
+
+    def last_committed(points: PointWriter) -> Path | None:
+        stopped.set()
+        return last(points)
+
+    engine = lab.engine(seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "_start", start_late)
+        patch.setattr(PointWriter, "last_committed", last_committed)
+        message = rf"at step {poisoned_at + 1} .*; last good resume point: {lab.directory / 'resume' / 'step_10'};"
+        with pytest.raises(ValueError, match=message):
+            lab.run(engine, batches=PoisonedAt(lab.batches, poisoned_at, engine.student))
+    assert lab.points() == ["step_10", "step_5"]
+    resumed = lab.engine(seed=0)
+    assert lab.run(resumed).tokens == NUM_STEPS * 32
+    assert all(parameter.isfinite().all() for parameter in _parameters(resumed).values())
 
 
 def test_a_student_that_starts_broken_is_refused_before_the_first_step(lab: Lab) -> None:
     engine = lab.engine(seed=0)
     _break(engine.student)
-    message = r"eval/\w+ is nan at step 0 \(0 tokens\), on held-out sequences; last good resume point: none"
+    message = r"eval/\w+ is nan at step 0 \(0 tokens\), on held-out sequences; no resume point yet: the same command"
     with pytest.raises(ValueError, match=message):
         lab.run(engine, batches=KilledAt(lab.batches, 0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import distributed
 from distill.chunked_head import TopK
-from distill.config import ObjectiveConfig, RopeConfig
+from distill.config import ObjectiveConfig, RopeConfig, TrainConfig
 from distill.data.batch import IGNORE_INDEX, Batch
 from distill.engine.setup import TrainingSetup
+from distill.failures import SharedError
+from distill.trainer import TrainResult, train
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model
 from puzzle.model.provider import DirectoryProvider
@@ -22,6 +25,7 @@ from tests.distributed.conftest import RunInProcesses
 from tests.distributed.megatron_models import (
     BATCH_SIZE,
     NUM_STEPS,
+    OPTIM,
     SEQ_LEN,
     Models,
     in_process,
@@ -247,3 +251,61 @@ def test_kd_on_gpus_equals_the_reference_engine(
     bf16 = run_in_processes(2, _train_in_process, setup, split, tmp_path / "bf16", {"precision": "bf16"})
     # bf16 has 8 bits of mantissa: losses agree to a percent, hidden distances of random models too.
     assert bf16[0][0][-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.02)
+
+
+@dataclass(frozen=True)
+class PoisonedAt:
+    """Spoils a weight of the second process before one of the steps."""
+
+    engine: Any
+    step: int
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        if step == self.step and distributed.rank() == 1:
+            with torch.no_grad():
+                list(self.engine._parameters.values())[-1].view(-1)[0] = torch.nan
+        share = BATCH_SIZE // num_ranks
+        return Batch.of(tokens(BATCH_SIZE, seed=step)).rows(rank * share, (rank + 1) * share)
+
+    def whereabouts(self, step: int) -> str:
+        return f"tokens of seed {step}"
+
+
+def _train_until_not_a_number(setup: TrainingSetup, split: str, resume_dir: Path) -> tuple[str, int]:
+    """What ends the run, and the tokens of one that goes on from its last point."""
+
+    def run(poisoned_at: int) -> TrainResult:
+        engine = make_engine(setup, split)
+        return train(
+            engine,
+            batches=PoisonedAt(engine, poisoned_at),
+            train=TrainConfig(max_tokens=8 * BATCH_SIZE * SEQ_LEN, seq_len=SEQ_LEN, batch_size=BATCH_SIZE),
+            optim=OPTIM,
+            seed=3,
+            resume_dir=resume_dir,
+            tracker=None,
+            held_out=None,
+            desc="pico",
+        )
+
+    def fail_and_go_on() -> tuple[str, int]:
+        with pytest.raises(SharedError) as error:
+            run(5)
+        return str(error.value), run(-1).tokens
+
+    return in_process(fail_and_go_on)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "split", ["tensor", *(pytest.param(it, marks=pytest.mark.slow) for it in ("pipeline", "data"))]
+)
+def test_what_is_not_a_number_in_one_process_ends_all_at_one_step(
+    models: dict[str, Models], split: str, run_in_processes: RunInProcesses, tmp_path: Path
+) -> None:
+    found = run_in_processes(2, _train_until_not_a_number, models["untied"].setup(), split, tmp_path)
+    assert found[0] == found[1]
+    message, tokens = found[0]
+    assert " is nan at step 6 (768 tokens), on tokens of seed 5; last good resume point: " in message
+    assert f"{tmp_path}/step_5; " in message
+    assert tokens == 8 * BATCH_SIZE * SEQ_LEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrainConf
 from distill.data.batch import Batch
 from distill.engine.base import Engine, create_engine
 from distill.engine.setup import TrainingSetup
+from distill.failures import SharedError
 from distill.trainer import TrainResult, train
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import build_model, save_model
@@ -59,7 +61,6 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 class RandomBatches:
     """Few distinct sequences, so that a tiny model can learn them; labels are missing in one of them."""
 
-    num_sequences: int = 24
     interrupt_at: int = -1
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
@@ -70,6 +71,9 @@ class RandomBatches:
         whole.labels[0, :9] = -100
         share = BATCH_SIZE // num_ranks
         return whole.rows(rank * share, (rank + 1) * share)
+
+    def whereabouts(self, step: int) -> str:
+        return f"tokens of seed {step % 3}"
 
 
 @dataclass(frozen=True)
@@ -293,3 +297,22 @@ def test_a_run_goes_on_under_another_layout(models: Models, tmp_path: Path, run_
     assert {path.name for path in resume_dir.iterdir()} == {"step_10", "step_15"}
     run_in_processes(2, _train_together_until, models, resume_dir, -1, {"offload_optimizer": True}, out)
     _assert_close(out, _weights(tmp_path / "expected"))
+
+
+def _train_with_a_rank_astray(models: Models, resume_dir: Path) -> str:
+    distributed.join()
+    with distributed.together():
+        engine = models.engine()
+        if distributed.rank() == 1:
+            evaluate = engine.evaluate
+            engine.evaluate = lambda sequences: dict.fromkeys(evaluate(sequences), math.nan)
+        with pytest.raises(SharedError) as error:
+            models.train(engine, resume_dir)
+    return str(error.value)
+
+
+def test_what_one_rank_alone_sees_ends_all(models: Models, tmp_path: Path, run_in_processes: RunInProcesses) -> None:
+    """Metrics are sums over the ranks. Should one of them read another value, it must not leave the others waiting."""
+    first, second = run_in_processes(2, _train_with_a_rank_astray, models, tmp_path / "resume")
+    assert first == second
+    assert " is nan at step 0 (0 tokens), on held-out sequences; no resume point yet: " in first

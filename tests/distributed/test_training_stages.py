@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from distill.data.batch import Batch
+from distill.data.dataset import Batches, TokenDataset
+from distill.engine.student_step import StudentStep
+from distill.objective import Totals
 from launch.__main__ import main
 from puzzle.model.checkpoint import TensorReader, read_architecture
 from tests.distributed.conftest import TIMEOUT_SECONDS, RunInProcesses
@@ -219,3 +227,107 @@ def test_what_cannot_be_dealt_is_refused_once_before_anything_is_loaded(
     assert [status for status, _ in results] == [2, 2]
     assert sum(message in said for _, said in results) == 1, results
     assert not list(tmp_path.glob(f"store/{stage}-*/config.json"))
+
+
+def launch_poisoned(arguments: list[str], metric: str, step_tokens: int, sequence: int) -> tuple[int, str]:
+    """One sequence, in steps of ``step_tokens``, makes ``metric`` not a number, in the process that has it."""
+    forward = StudentStep.forward
+
+    def poisoned(self: StudentStep, batch: Batch, totals: Totals | None) -> Any:
+        found = forward(self, batch, totals)
+        if totals is None or totals.num_positions != step_tokens or sequence not in batch.sequence_ids:
+            return found
+        loss, metrics = found
+        if metric == "train/loss":
+            return loss * math.nan, {**metrics, "loss": metrics["loss"] * math.nan}
+        # The root's slope at 0 is infinite, and 0 times it is no number.
+        return loss + (0 * loss).sqrt(), metrics
+
+    with mock.patch.object(StudentStep, "forward", poisoned):
+        return launch(arguments)
+
+
+def assert_all_end_with_one_line(results: list[tuple[int, str]], said: str) -> None:
+    assert [status for status, _ in results] == [2, 2], results
+    # Behind what the progress bar leaves.
+    _, line = results[0][1].split("error: ")
+    assert re.fullmatch(f"{said}\n", line), line
+    assert results[1][1] == ""
+
+
+FURTHER_BAD_STEPS = [
+    ("optim/grad_norm", ()),
+    ("train/loss", ("engine.shard=true",)),
+    *(
+        (metric, ("engine.name=deepspeed", f"engine.zero_stage={stage}"))
+        for metric in ("train/loss", "optim/grad_norm")
+        for stage in (2, 3)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("metric", "further"),
+    [
+        ("train/loss", ()),
+        ("optim/grad_norm", ("engine.shard=true",)),
+        ("train/loss", ("engine.sequence_parallel=2",)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER_BAD_STEPS),
+    ],
+)
+def test_what_is_not_a_number_ends_all_processes_at_one_step_with_one_line(
+    metric: str,
+    further: tuple[str, ...],
+    inputs: dict[str, list[str]],
+    alone: dict[str, Outcome],
+    tmp_path: Path,
+    run_in_processes: RunInProcesses,
+) -> None:
+    """A text that spoils step 15 of 20, read by the second process. Without it, the same command goes on."""
+    if "engine.name=deepspeed" in further:
+        pytest.importorskip("deepspeed")
+    data = Path(inputs["pretrain"][0].partition("=")[2])
+    batches = Batches(TokenDataset.open(data).split("train"), seq_len=16, batch_size=4, seed=0)
+    read = batches.batch(14).sequence_ids.tolist()
+    command = arguments("distill", tmp_path, inputs, *further)
+    spans = ", ".join(f"{16 * index}-{16 * index + 15}" for index in read)
+    where = f"sequences {', '.join(map(str, read))} of 16 tokens of {data}/train.npy: tokens {spans}"
+    point = rf"last good resume point: {tmp_path}/store/\.resume/\S+/step_14"
+    assert_all_end_with_one_line(
+        run_in_processes(2, launch_poisoned, command, metric, 64, read[3]),
+        rf"distill\S+: {metric} is (nan|inf) at step 15 \(1,060 tokens\), on {where}; {point}; .*",
+    )
+    results = run_in_processes(2, launch, command)
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same(outcome("distill", tmp_path), alone["distill"])
+
+
+def test_a_later_phase_names_its_stretch_of_the_split(
+    inputs: dict[str, list[str]], alone: dict[str, Outcome], tmp_path: Path, run_in_processes: RunInProcesses
+) -> None:
+    """The second phase reads what the first one's 512 tokens leave, in sequences of 512."""
+    data = Path(inputs["pretrain"][0].partition("=")[2])
+    stretch = TokenDataset.open(data).split("train").beyond(512)
+    read = Batches(stretch, seq_len=512, batch_size=2, seed=1, num_sequences=4).batch(1).sequence_ids.tolist()
+    command = arguments("extend_context", tmp_path, inputs)
+    spans = ", ".join(f"{512 + 512 * index}-{512 + 512 * index + 511}" for index in read)
+    where = f"sequences {read[0]}, {read[1]} of 512 tokens, counted from token 512 on, of {data}/train.npy"
+    assert_all_end_with_one_line(
+        run_in_processes(2, launch_poisoned, command, "train/loss", 1024, read[1]),
+        rf".*: train/loss is nan at step 2 \(\S+ tokens\), on {where}: tokens {spans}; last good .*/step_1; .*",
+    )
+    results = run_in_processes(2, launch, command)
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same(outcome("extend_context", tmp_path), alone["extend_context"])
+
+
+def test_a_sweep_goes_on_after_a_run_that_diverged(
+    inputs: dict[str, list[str]], alone: dict[str, Outcome], tmp_path: Path, run_in_processes: RunInProcesses
+) -> None:
+    """All processes are still there for the next run."""
+    results = run_in_processes(2, launch, arguments("distill", tmp_path, inputs, "optim.lr=1e30,5e-4", "--multirun"))
+    assert [status for status, _ in results] == [2, 2], results
+    assert len(re.findall(r"error: .* is (?:nan|inf) at step \d+ .* no resume point yet: ", results[0][1])) == 1
+    assert results[1][1] == ""
+    (made,) = tmp_path.glob("**/store/distill-*/artifact.json")
+    assert json.loads(made.read_text())["headline"] == alone["distill"].manifest["headline"]
