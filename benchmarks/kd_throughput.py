@@ -23,7 +23,7 @@ import torch
 from training_trials import TIME, Outcome, Trial, run_trial, shape_text, write_random_model
 
 from distill.config import EngineConfig, RopeConfig
-from distill.engine.layout import num_model_ranks
+from distill.engine.dealing import num_model_ranks
 from distill.utilization import peak_flops_per_s, training_flops
 from puzzle.model.architecture import Architecture, dense_blocks
 from puzzle.model.checkpoint import read_architecture

@@ -22,12 +22,13 @@ from distill import distributed
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig
 from distill.data.batch import Batch
 from distill.engine.base import create_engine
+from distill.engine.dealing import StepShape
 from distill.engine.layout import check_layout
 from distill.engine.setup import TrainingSetup
 from launch.training import paired_blocks
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter, read_architecture
-from puzzle.model.parallelism import check_parallelism
+from puzzle.model.parallelism import refuses
 from puzzle.model.provider import DirectoryProvider
 from puzzle.model.stats import num_params
 from puzzle.model.tensor_layout import tensor_shapes
@@ -204,8 +205,8 @@ def _measure(trial: Trial) -> dict[str, Any]:
     student = DirectoryProvider(Path(trial.student))
     teacher = None if trial.teacher is None else DirectoryProvider(Path(trial.teacher))
     world_size, batch_size, seq_len = distributed.world_size(), trial.batch_size, trial.seq_len
-    check_layout(engine, world_size=world_size, batch_size=batch_size, seq_len=seq_len, node="trial")
-    check_parallelism(student.architecture, engine)
+    shape = StepShape(node="trial", batch_size=batch_size, seq_len=seq_len)
+    check_layout(engine, world_size=world_size, steps=[shape], models=[refuses(student.architecture)])
     objective = ObjectiveConfig(**trial.objective)
     pairs = () if teacher is None else paired_blocks(student.architecture, teacher.architecture, objective)
     setup = TrainingSetup(student=student, objective=objective, teacher=teacher, layer_map=pairs)

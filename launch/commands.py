@@ -156,7 +156,7 @@ def _run_stage(name: str, overrides: list[str], *, dry_run: bool) -> None:
     if dry_run:
         console.say(f"{store.path(recipe)}: {'committed' if store.find(recipe) else 'to compute'}")
         return
-    check_processes(stage, config)
+    check_processes(stage, config, inputs)
     context = _context(settings, run, store)
     job = make_job(recipe, config, inputs, context=context)
     listener = console.listener(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from launch.config import (
     compose_stage,
     step_overrides,
 )
+from launch.finished_run import read_architecture
 from launch.modelled_fusion import require_fused_as_modelled
 from launch.registry import STAGES, Stage
 from launch.rundir import RESERVED_NAMES, RunDirectory
 from launch.stage import StageContext
 from launch.store import Job, Store
 from launch.wandb_steps import get_or_compute
+from puzzle.model.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +125,14 @@ def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
             raise ValueError(f"input {name!r} must be of kind {wanted}, the artifact given is of kind {kind}")
 
 
-def check_processes(stage: Stage, config: Any) -> None:
-    """Raise ``ValueError`` where the processes at hand cannot be dealt as the engine and its batches ask for."""
+def check_processes(stage: Stage, config: Any, inputs: Mapping[str, Artifact] | None = None) -> None:
+    """Raise ``ValueError`` where the processes at hand cannot be dealt as the engine, its batches and the models among
+    the ``inputs``, as far as they are there, ask for."""
     if stage.distributed and hasattr(config, "engine"):
         processes.check_devices(config.engine.device)
     count = processes.count()
     if hasattr(config, "check_processes"):
-        config.check_processes(count)
+        config.check_processes(count, known_models(inputs or {}))
     elif stage.distributed and hasattr(config, "engine"):
         slices = config.engine.slices
         require(
@@ -136,6 +140,16 @@ def check_processes(stage: Stage, config: Any) -> None:
             f"engine.slices={slices} needs a multiple of {slices} processes, got {count}; "
             f"start them with torchrun --nproc-per-node {slices} -m launch ..., or set engine.slices=1",
         )
+
+
+def known_models(inputs: Mapping[str, Artifact]) -> dict[str, Architecture]:
+    """Architectures of the models among ``inputs``, by name. What is damaged is left to those who verify it."""
+    known = {}
+    for name, artifact in inputs.items():
+        if artifact.manifest.kind == "model":
+            with suppress(OSError, ValueError):
+                known[name] = read_architecture(artifact)
+    return known
 
 
 def run_steps(
@@ -155,15 +169,12 @@ def run_steps(
         Artifacts by step name, in order.
 
     Raises:
-        ValueError: a step refused its input, or the processes cannot be dealt into slices; names the step. Or W&B is
-            asked for and cannot start.
+        ValueError: a step refused its input, or the processes cannot be dealt into slices, or be dealt a batch or a
+            model, which is known before the first step or when the model is there; names the step. Or W&B is asked for
+            and cannot start.
     """
     wandb_run.check(context.tracking)
-    for step in steps:
-        try:
-            check_processes(step.stage, step.config)
-        except ValueError as error:
-            raise ValueError(f"step {step.name}: {error}") from error
+    check_all_processes(steps, steps, store)
     artifacts: dict[str, Artifact] = {}
     for step in steps:
         change = describe_change(run.linked(step.name), step.recipe)
@@ -179,8 +190,36 @@ def run_steps(
         run.link(step.name, artifact)
         artifacts[step.name] = artifact
         listener.finished(step.name, artifact, cached)
+        if artifact.manifest.kind == "model" and not cached:
+            # A model that a later step cannot deal is not worth the steps between.
+            check_all_processes(steps[len(artifacts) :], steps, store)
     run.write_steps({name: artifact.manifest.fingerprint for name, artifact in artifacts.items()})
     return artifacts
+
+
+def check_all_processes(to_run: Sequence[PlannedStep], steps: Sequence[PlannedStep], store: Store) -> None:
+    """Compare the processes at hand with ``to_run``, of ``steps``, and with the models in ``store`` that they take.
+
+    Raises:
+        ValueError: as :func:`check_processes`; names the step.
+    """
+    for step in to_run:
+        try:
+            check_processes(step.stage, step.config, _inputs_there(step, steps, store))
+        except ValueError as error:
+            raise ValueError(f"step {step.name}: {error}") from error
+
+
+def _inputs_there(step: PlannedStep, steps: Sequence[PlannedStep], store: Store) -> dict[str, Artifact]:
+    """Inputs of ``step`` that are committed, unless it is itself. Their content is not verified."""
+    recipes = {other.name: other.recipe for other in steps}
+    there: dict[str, Artifact] = {}
+    if store.has(step.recipe):
+        return there
+    for name, source in step.inputs.items():
+        with suppress(ValueError):
+            there[name] = Artifact.load(store.path(recipes[source]))
+    return there
 
 
 def make_job(recipe: Recipe, config: Any, inputs: Mapping[str, Artifact], *, context: StageContext) -> Job:

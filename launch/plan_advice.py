@@ -8,11 +8,12 @@ from itertools import combinations, product
 from typing import Any
 
 from distill.config import EngineConfig
-from distill.engine.layout import check_layout
+from distill.engine.dealing import Dealing, StepShape
+from distill.engine.layout import check_layout, check_options
 from launch.plan_megatron import megatron_memory
 from launch.plan_memory import Memory, training_memory
 from launch.plan_step import Step
-from puzzle.model.parallelism import check_parallelism
+from puzzle.model.parallelism import refuses
 
 ALLOCATOR_FRAC = 0.05
 """Of the allocated bytes, what torch's allocator holds beside them in pieces that are too small."""
@@ -55,10 +56,18 @@ def _host_bytes(step: Step, memory: Memory, limits: Limits) -> float:
 
 def check_step(step: Step, *, node: str) -> None:
     """Raise ``ValueError`` where the ranks, the batch or the models cannot be dealt as ``step`` says."""
-    check_layout(step.engine, world_size=step.num_ranks, batch_size=step.batch_size, seq_len=step.seq_len, node=node)
-    check_parallelism(step.student, step.engine, role="student")
-    if step.teacher is not None:
-        check_parallelism(step.teacher, step.engine, role="teacher")
+    dealing = _dealing(step, node)
+    check_layout(step.engine, world_size=step.num_ranks, steps=dealing.steps, models=dealing.models)
+
+
+def _dealing(step: Step, node: str) -> Dealing:
+    models = {"student": step.student, "teacher": step.teacher}
+    return Dealing(
+        engine=step.engine,
+        world_size=step.num_ranks,
+        steps=(StepShape(node=node, batch_size=step.batch_size, seq_len=step.seq_len),),
+        models=tuple(refuses(model, role=role) for role, model in models.items() if model is not None),
+    )
 
 
 def nearest_fit(step: Step, limits: Limits, *, node: str) -> str | None:
@@ -83,8 +92,8 @@ class _Change:
 
 def _works(step: Step, limits: Limits, *, node: str) -> bool:
     try:
-        check_step(step, node=node)
-        return fits(step, step_memory(step), limits)
+        check_options(step.engine)
+        return _dealing(step, node).works and fits(step, step_memory(step), limits)
     except ValueError:
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distill.config import EngineConfig, ObjectiveConfig
-from distill.engine.layout import num_model_ranks
+from distill.engine.dealing import num_model_ranks
 from launch.plan_activations import Numerics
 from launch.plan_state import is_sharded, product_bytes
 from puzzle.model.architecture import Architecture

@@ -128,10 +128,10 @@ def _compute(
         store.clear_private_state(found[step.name].manifest.recipe)
         show_committed(found[step.name], step.config, store=store, context=own, say=listener.waiting)
         return found[step.name], True
-    check_processes(step.stage, step.config)
+    inputs = {key: found[source] for key, source in step.inputs.items()}
+    check_processes(step.stage, step.config, inputs)
     recipe = _recipe(step, found)
     listener.started(step.name, recipe.stage, describe_change(run.linked(step.name), recipe))
-    inputs = {key: found[source] for key, source in step.inputs.items()}
     job = make_job(recipe, step.config, inputs, context=own)
     return get_or_compute(job, step.config, store=store, context=own, say=listener.waiting)
 

@@ -21,9 +21,10 @@ import jinja2
 
 from distill.config import require
 from launch import slurm_commands
+from launch.artifact import Artifact
 from launch.cluster_config import ClusterConfig
 from launch.config import PipelineConfig
-from launch.pipeline import PlannedStep
+from launch.pipeline import PlannedStep, known_models
 from launch.preemption import EXIT_STATUS
 from launch.rundir import RunDirectory
 from launch.single_step import committed
@@ -85,7 +86,8 @@ def plan_jobs(
     for step in todo:
         try:
             own = cluster.for_step(pipeline.steps[step.name])
-            nodes, processes = _shape(step, pipeline.steps[step.name].nodes, own)
+            inputs = {name: there[source] for name, source in step.inputs.items() if source in there}
+            nodes, processes = _shape(step, pipeline.steps[step.name].nodes, own, inputs)
         except ValueError as error:
             raise ValueError(f"step {step.name}: {error}") from error
         after = tuple(dict.fromkeys(source for source in step.inputs.values() if source not in there))
@@ -217,8 +219,10 @@ def check_submission(run: RunDirectory) -> None:
     _require_idle(run)
 
 
-def _shape(step: PlannedStep, nodes: int | None, cluster: ClusterConfig) -> tuple[int, int]:
-    """Nodes, and processes on each, of ``step``."""
+def _shape(
+    step: PlannedStep, nodes: int | None, cluster: ClusterConfig, inputs: Mapping[str, Artifact]
+) -> tuple[int, int]:
+    """Nodes, and processes on each, of ``step``, of whose inputs these are there."""
     if not step.stage.distributed:
         require(
             nodes in (None, 1),
@@ -227,7 +231,7 @@ def _shape(step: PlannedStep, nodes: int | None, cluster: ClusterConfig) -> tupl
         return 1, 1
     count = cluster.nodes
     if hasattr(step.config, "check_processes"):
-        step.config.check_processes(count * cluster.gpus_per_node)
+        step.config.check_processes(count * cluster.gpus_per_node, known_models(inputs))
     elif hasattr(step.config, "engine"):
         slices, world = step.config.engine.slices, count * cluster.gpus_per_node
         require(

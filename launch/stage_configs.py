@@ -5,8 +5,9 @@ Those nodes (``conf/config.yaml``) make up a part of the fingerprint of the stag
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from distill.config import (
     DataConfig,
@@ -19,6 +20,7 @@ from distill.config import (
 )
 from distill.context_phases import ExtendContextConfig, PhaseConfig
 from distill.data.generation import GenerationConfig
+from distill.engine.dealing import StepShape
 from distill.engine.layout import check_layout, check_objective_memory, check_options, check_whole_model
 from distill.teacher_cache import TeacherCacheConfig, check_objective
 from fusion.config import (
@@ -43,6 +45,11 @@ from puzzle.config import (
     SpaceConfig,
     WorkloadConfig,
 )
+from puzzle.model.architecture import Architecture
+from puzzle.model.parallelism import refuses
+
+NONE_KNOWN: Mapping[str, Architecture] = MappingProxyType({})
+"""Before the models that a stage takes are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +104,10 @@ class PretrainStage:
     def __post_init__(self) -> None:
         check_options(self.engine)
 
-    def check_processes(self, count: int) -> None:
-        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal the batch."""
-        _check_layout(self.engine, self.pretrain.train, count, node="pretrain.train")
+    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine, the batch or ``models`` by role."""
+        shape = _shape(self.pretrain.train, "pretrain.train", max_seq_len=self.pretrain.max_positions)
+        _check_layout(self.engine, count, models, [shape])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,9 +300,11 @@ class DistillStage:
         check_options(self.engine)
         check_objective_memory(self.engine, self.objective)
 
-    def check_processes(self, count: int) -> None:
-        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal the batch."""
-        _check_layout(self.engine, self.distill, count, node="distill")
+    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine, the batch or ``models`` by role."""
+        positions = [architecture.max_positions for architecture in models.values()]
+        bounds = {"max_seq_len": min(positions)} if positions else {}
+        _check_layout(self.engine, count, models, [_shape(self.distill, "distill", **bounds)])
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Raise ``ValueError`` where there is no teacher, or two, or one that the objective cannot learn from."""
@@ -322,10 +332,15 @@ class ExtendContextStage:
         check_options(self.engine)
         check_objective_memory(self.engine, self.objective)
 
-    def check_processes(self, count: int) -> None:
-        """Raise ``ValueError`` where ``count`` processes cannot run the engine or deal a phase's batch."""
-        for index, phase in enumerate(self.extend_context.phases):
-            _check_layout(self.engine, phase, count, node=self.extend_context.node(index))
+    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine, deal a phase's batch or ``models`` by
+        role."""
+        extend = self.extend_context
+        # The student gets the positions of each phase; a teacher has to have them.
+        bounds = {"max_seq_len": models["teacher"].max_positions} if "teacher" in models else {}
+        shapes = [_shape(phase, extend.node(index), **bounds) for index, phase in enumerate(extend.phases)]
+        shapes[-1] = replace(shapes[-1], min_seq_len=max((2, *extend.lengths)))
+        _check_layout(self.engine, count, models, shapes)
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Raise ``ValueError`` where the configuration asks for an input that is not among ``names``."""
@@ -362,5 +377,12 @@ class ExportStage:
     export: ExportConfig
 
 
-def _check_layout(engine: EngineConfig, step: TrainConfig | PhaseConfig, count: int, *, node: str) -> None:
-    check_layout(engine, world_size=count, batch_size=step.batch_size, seq_len=step.seq_len, node=node)
+def _check_layout(
+    engine: EngineConfig, count: int, models: Mapping[str, Architecture], steps: Sequence[StepShape]
+) -> None:
+    known = [refuses(architecture, role=role) for role, architecture in models.items()]
+    check_layout(engine, world_size=count, steps=steps, models=known)
+
+
+def _shape(step: TrainConfig | PhaseConfig, node: str, **bounds: int) -> StepShape:
+    return StepShape(node=node, batch_size=step.batch_size, seq_len=step.seq_len, max_tokens=step.max_tokens, **bounds)

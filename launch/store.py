@@ -79,6 +79,10 @@ class Store:
         """Remove what the stage of a committed artifact kept until then: a kill right after the commit leaves it."""
         shutil.rmtree(self.resume_path(recipe), ignore_errors=True)
 
+    def has(self, recipe: Recipe) -> bool:
+        """Whether an artifact stands where that of ``recipe`` belongs. Nothing of it is verified."""
+        return (self.path(recipe) / MANIFEST_NAME).is_file()
+
     def find(self, recipe: Recipe) -> Artifact | None:
         """The committed artifact of ``recipe``, verified, or None.
 
@@ -86,7 +90,7 @@ class Store:
             DamagedArtifactError: it is there but not whole.
         """
         path = self.path(recipe)
-        if not (path / MANIFEST_NAME).is_file():
+        if not self.has(recipe):
             return None
         artifact = Artifact.load(path)
         if artifact.manifest.fingerprint != recipe.fingerprint:

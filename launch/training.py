@@ -27,7 +27,6 @@ from launch.artifact import Artifact
 from launch.recovery import TRAINING_STAGES
 from launch.stage import StageContext
 from puzzle.model.architecture import Architecture
-from puzzle.model.parallelism import check_parallelism
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +89,15 @@ def training_data(
     )
 
 
-def check_model(
-    architecture: Architecture, train_config: TrainConfig, engine: EngineConfig, *, role: str, node: str, way_out: str
+def check_positions(
+    architecture: Architecture, train_config: TrainConfig, *, role: str, node: str, way_out: str
 ) -> None:
-    """Compare a model with what it is to be trained on, and with the ranks that it is to be dealt over.
-
-    Raises:
-        ValueError: sequences are beyond its positions, or it cannot be dealt; nothing has been loaded.
-    """
+    """Raise ``ValueError`` where sequences are beyond a model's positions; nothing has been loaded."""
     require(
         train_config.seq_len <= architecture.max_positions,
         f"{node}.seq_len={train_config.seq_len} is beyond the {architecture.max_positions} positions of the {role}; "
         f"{way_out}",
     )
-    check_parallelism(architecture, engine, role=role)
 
 
 def run_engine(

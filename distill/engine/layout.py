@@ -1,14 +1,31 @@
 """Which layouts can work: engine, options, ranks, batch and sequence, before anything is loaded. Torch-free.
 
-Every error names what does not fit together, with the values, and the nearest settings that do. What depends on the
-model stands in :mod:`puzzle.model.parallelism`.
+Every error names what does not fit together, with the values, and the nearest settings with which everything does
+(:mod:`distill.engine.dealing`). Which models can be dealt how stands in :mod:`puzzle.model.parallelism`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from distill.config import EngineConfig, ObjectiveConfig, require
+from distill.engine.dealing import (
+    TEACHER_PLACES,
+    Dealing,
+    Refuses,
+    Settings,
+    StepShape,
+    num_model_ranks,
+    other_engines,
+    other_processes,
+    other_sizes,
+    other_splits,
+    plain,
+    splits,
+    text_of,
+    unsplit,
+)
 
 _ALTERNATIVE = {
     "shard": "set engine.name=torch, or engine.name=deepspeed with engine.zero_stage=3, which deals the weights too",
@@ -36,7 +53,7 @@ def check_options(engine: EngineConfig) -> None:
         value = getattr(engine, option)
         require(
             not value,
-            f"engine.{option}={_plain(value)} is no option of engine.name={engine.name}; {_ALTERNATIVE[option]}",
+            f"engine.{option}={plain(value)} is no option of engine.name={engine.name}; {_ALTERNATIVE[option]}",
         )
     if engine.name == "megatron":
         ranks = engine.sequence_parallel
@@ -78,7 +95,7 @@ def check_whole_model(engine: EngineConfig, stage: str, *, may_shard: bool) -> N
     }
     if engine.shard and not may_shard:
         asked["shard"] = True
-    given = " ".join(f"engine.{name}={_plain(value)}" for name, value in asked.items())
+    given = " ".join(f"engine.{name}={plain(value)}" for name, value in asked.items())
     ways = "engine=torch_bf16" + (", or engine=torch_fsdp to deal its weights" if may_shard else "")
     require(not asked, f"{given}: every process of stage {stage} runs the model by itself; set {ways} for this step")
 
@@ -111,85 +128,86 @@ def _check_teacher_device(engine: EngineConfig) -> None:
     )
 
 
-def num_model_ranks(engine: EngineConfig) -> int:
-    """Ranks that work on the same sequences; as many ranks as there are share one data rank."""
-    return engine.sequence_parallel * engine.tensor_parallel * engine.pipeline_parallel
-
-
-def check_layout(engine: EngineConfig, *, world_size: int, batch_size: int, seq_len: int, node: str) -> None:
-    """Compare ``engine`` with the processes and with the shape of an optimizer step.
+def check_layout(
+    engine: EngineConfig, *, world_size: int, steps: Sequence[StepShape] = (), models: Sequence[Refuses] = ()
+) -> None:
+    """Compare ``engine`` with the processes, with the shapes of optimizer steps and with models.
 
     Args:
         engine: what trains.
         world_size: processes.
-        batch_size: sequences of one optimizer step, over all processes.
-        seq_len: tokens per sequence.
-        node: configuration node of the two, for errors: ``distill``, ``pretrain.train``.
+        steps: of all that is trained with these settings: the phases of a stage.
+        models: each says why settings do not suit it; what is not known yet is left out.
 
     Raises:
-        ValueError: an option is not one of this engine's (:func:`check_options`), or the processes, the batch or the
-            sequence cannot be dealt.
+        ValueError: an option is not one of this engine's (:func:`check_options`), or the processes, a batch, a
+            sequence or a model cannot be dealt. With the settings that the message names, all of them can.
     """
     check_options(engine)
-    check_world(engine, world_size)
-    # Between tensor-parallel ranks, too, activations are split over the sequence.
-    for name in ("sequence_parallel", "tensor_parallel"):
-        parts = getattr(engine, name)
-        require(
-            seq_len % parts == 0,
-            f"engine.{name}={parts} splits every sequence into equal parts, {node}.seq_len={seq_len} does not divide; "
-            f"set {node}.seq_len={nearest_multiples(seq_len, parts)}",
-        )
+    dealing = Dealing(engine=engine, world_size=world_size, steps=tuple(steps), models=tuple(models))
+    _check_world(dealing)
+    if dealing.refusal is not None:
+        raise ValueError(f"{dealing.refusal}; {_ways_out(dealing, other_splits(dealing))}")
+    for step in dealing.steps:
+        _check_seq_len(step, dealing)
+        _check_batch_size(step, dealing)
     require(
-        world_size == 1 or engine.teacher_device in ("same", "cpu"),
+        world_size == 1 or engine.teacher_device in TEACHER_PLACES,
         f"engine.teacher_device={engine.teacher_device} would put the teachers of all {world_size} processes on one "
         "device; set engine.teacher_device=same or cpu, or train from the signals of stage cache_teacher",
     )
-    shared = num_model_ranks(engine)
-    data_ranks = world_size // shared
-    fewer = nearest_divisor(batch_size, data_ranks) * shared
-    require(
-        batch_size % data_ranks == 0,
-        f"{node}.batch_size={batch_size} cannot be dealt evenly over {data_ranks} data ranks ({world_size} processes"
-        + (f", {shared} to a sequence" if shared > 1 else "")
-        + f"); set {node}.batch_size={nearest_multiples(batch_size, data_ranks)}, or start {fewer} "
-        + ("process" if fewer == 1 else "processes"),
-    )
 
 
-def check_world(engine: EngineConfig, world_size: int) -> None:
-    """Compare the ranks that share a sequence or a model in ``engine`` with the number of processes.
-
-    Raises:
-        ValueError: the processes are no multiple of those ranks.
-    """
-    shared = num_model_ranks(engine)
-    splits = ("sequence_parallel", "tensor_parallel", "pipeline_parallel")
-    names = [name for name in splits if getattr(engine, name) > 1]
-    given = " x ".join(f"engine.{name}={getattr(engine, name)}" for name in names)
-    settings, rest = [], world_size
-    for name in names:
-        nearest = nearest_divisor(rest, getattr(engine, name))
-        settings.append(f"engine.{name}={nearest}")
-        rest //= nearest
-    require(
-        world_size % shared == 0,
-        f"{given} needs a multiple of {shared} processes, got {world_size}; set {' '.join(settings)}, or start "
-        f"{shared * max(1, round(world_size / shared))} processes (torchrun --nproc-per-node ... -m launch ...)",
-    )
+def _check_world(dealing: Dealing) -> None:
+    engine, world_size, shared = dealing.engine, dealing.world_size, num_model_ranks(dealing.engine)
+    if world_size % shared:
+        names = [name for name in splits(engine) if getattr(engine, name) > 1]
+        given = " x ".join(f"engine.{name}={getattr(engine, name)}" for name in names)
+        ways = _ways_out(dealing, other_splits(dealing), processes=other_processes(dealing))
+        launcher = " (torchrun --nproc-per-node ... -m launch ...)" if "start" in ways else ""
+        raise ValueError(f"{given} needs a multiple of {shared} processes, got {world_size}; {ways}{launcher}")
 
 
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of ``number`` that is nearest to ``wanted``; of two, the smaller."""
-    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+def _check_seq_len(step: StepShape, dealing: Dealing) -> None:
+    # Between tensor-parallel ranks, too, activations are split over the sequence.
+    for name in ("sequence_parallel", "tensor_parallel"):
+        parts = getattr(dealing.engine, name)
+        if step.seq_len % parts:
+            sizes, ranks = other_sizes(dealing), other_splits(dealing)
+            # Other ranks are a way of their own where the step may stay as it is.
+            own = ranks is not None and all(setting.startswith("engine.") for setting in ranks)
+            ways = _ways_out(dealing, sizes, ranks if own or sizes is None else None)
+            raise ValueError(
+                f"engine.{name}={parts} splits every sequence into equal parts, {step.node}.seq_len={step.seq_len} "
+                f"does not divide; {ways}"
+            )
 
 
-def nearest_multiples(number: int, step: int) -> str:
-    """The multiples of ``step`` below and above ``number``, as ``8 or 12``; the one above alone where 0 is below."""
-    below = number // step * step
-    return f"{below} or {below + step}" if below else f"{step}"
+def _check_batch_size(step: StepShape, dealing: Dealing) -> None:
+    shared = num_model_ranks(dealing.engine)
+    data_ranks = dealing.world_size // shared
+    if step.batch_size % data_ranks:
+        sizes, processes = other_sizes(dealing), other_processes(dealing)
+        ranks = other_splits(dealing) if sizes is None and processes is None else None
+        raise ValueError(
+            f"{step.node}.batch_size={step.batch_size} cannot be dealt evenly over {data_ranks} data ranks "
+            f"({dealing.world_size} processes{f', {shared} to a sequence' if shared > 1 else ''}); "
+            + _ways_out(dealing, sizes, ranks, processes=processes)
+        )
 
 
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _ways_out(dealing: Dealing, *ways: Settings | None, processes: int | None = None) -> str:
+    """``set a=1, or b=2, or start 3 processes``: each way is enough."""
+    texts = [text_of(settings) for settings in ways if settings]
+    if not texts and processes is None:
+        texts = [text_of(settings) for settings in other_engines(dealing)]
+    if not texts and processes is None:
+        settings, number = unsplit(dealing)
+        return f"set {text_of(settings)} and start {_count(number)}"
+    setting = [f"set {', or '.join(texts)}"] if texts else []
+    starting = [] if processes is None else [f"start {_count(processes)}"]
+    return ", or ".join(setting + starting)
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"

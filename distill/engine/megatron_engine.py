@@ -15,7 +15,7 @@ from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, require
 from distill.data.batch import Batch
 from distill.distributed import TIMEOUT, DataRanks
 from distill.engine.base import export_from, micro_batch_size, resolve_device, resolve_dtype
-from distill.engine.layout import check_world
+from distill.engine.layout import check_layout
 from distill.engine.megatron_stages import ModelCosts, StagePlan, plan_stages
 from distill.engine.setup import ModelProvider, TrainingSetup
 from distill.engine.teachers import build_teachers
@@ -286,7 +286,7 @@ def _start_grid(engine: EngineConfig) -> None:
     """Have megatron-core deal the processes: ranks of a tensor group are neighbours, stages are furthest apart."""
     distributed.everyone()
     sizes = engine.tensor_parallel, engine.pipeline_parallel
-    check_world(engine, distributed.world_size())
+    check_layout(engine, world_size=distributed.world_size())
     if parallel_state.model_parallel_is_initialized():
         present = (
             parallel_state.get_tensor_model_parallel_world_size(),

@@ -14,7 +14,7 @@ from distill.teacher_store import SignalStore
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import DistillStage
 from launch.training import (
-    check_model,
+    check_positions,
     curve_ends,
     paired_blocks,
     recovery_headline,
@@ -28,10 +28,12 @@ from puzzle.model.provider import DirectoryProvider
 
 def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Train the student against the teacher. Writes the model, in the data type it came in, and ``metrics.jsonl``."""
-    config.check_processes(distributed.world_size())
     config.check_inputs(inputs)
     dataset = TokenDataset.open(inputs["data"].path)
-    student = _model("student", config, inputs, dataset)
+    models = {role: _model(role, config, inputs, dataset) for role in ("student", "teacher") if role in inputs}
+    architectures = {role: model.architecture for role, model in models.items()}
+    config.check_processes(distributed.world_size(), architectures)
+    student = models["student"]
     if "signals" in inputs:
         signals = _signals(config, inputs, dataset, student)
         setup = TrainingSetup(
@@ -39,7 +41,7 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
         )
         num_sequences = signals.train.num_sequences
     else:
-        teacher = _model("teacher", config, inputs, dataset)
+        teacher = models["teacher"]
         pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
         setup = TrainingSetup(student=student, objective=config.objective, teacher=teacher, layer_map=pairs)
         num_sequences = None
@@ -63,11 +65,11 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
 
 
 def _model(role: str, config: DistillStage, inputs: Inputs, dataset: TokenDataset) -> DirectoryProvider:
-    """The input ``role``, checked against the data and the ranks."""
+    """The input ``role``, checked against the data."""
     model = DirectoryProvider(inputs[role].path)
     require_same_tokenizer(dataset, model.directory, role)
     way_out = "lower it, or train longer contexts with stage extend_context"
-    check_model(model.architecture, config.distill, config.engine, role=role, node="distill", way_out=way_out)
+    check_positions(model.architecture, config.distill, role=role, node="distill", way_out=way_out)
     return model
 
 

@@ -41,7 +41,6 @@ from launch.training import (
 )
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import load_model, read_architecture
-from puzzle.model.parallelism import check_parallelism
 from puzzle.model.provider import DirectoryProvider
 
 RESULT_FILE = "result.json"
@@ -85,7 +84,6 @@ class _PhaseResult:
 
 def run(config: ExtendContextStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Run the phases, each with its own resume points. Writes the model and ``metrics.jsonl`` with all phases."""
-    config.check_processes(distributed.world_size())
     dataset = TokenDataset.open(inputs["data"].path)
     models = _models(config, inputs, dataset)
     phases = list(_phases(config, models.student.architecture, dataset))
@@ -116,13 +114,12 @@ def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -
     config.check_inputs(inputs)
     student = DirectoryProvider(inputs["student"].path)
     require_same_tokenizer(dataset, student.directory, "student")
-    check_parallelism(student.architecture, config.engine, role="student")
-    probes = _probes(config, dataset)
     if "teacher" not in inputs:
+        config.check_processes(distributed.world_size(), {"student": student.architecture})
+        probes = _probes(config, dataset)
         return _Models(student=student, teacher=None, layer_map=(), probes=probes)
     teacher = DirectoryProvider(inputs["teacher"].path)
     require_same_tokenizer(dataset, teacher.directory, "teacher")
-    check_parallelism(teacher.architecture, config.engine, role="teacher")
     longest = max(phase.seq_len for phase in config.extend_context.phases)
     require(
         longest <= teacher.architecture.max_positions,
@@ -130,6 +127,9 @@ def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -
         "the teacher; train that phase with objective=lm and without inputs.teacher, or take a teacher that was made "
         "for it",
     )
+    architectures = {"student": student.architecture, "teacher": teacher.architecture}
+    config.check_processes(distributed.world_size(), architectures)
+    probes = _probes(config, dataset)
     pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
     return _Models(student=student, teacher=teacher, layer_map=pairs, probes=probes)
 

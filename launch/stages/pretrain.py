@@ -11,7 +11,7 @@ from distill.data.tokenizer import load_tokenizer
 from distill.engine.setup import TrainingSetup
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import PretrainStage
-from launch.training import check_model, curve_ends, only_whole, run_engine, tracking, training_data
+from launch.training import check_positions, curve_ends, only_whole, run_engine, tracking, training_data
 from puzzle.config import PretrainConfig
 from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, dense_blocks
 from puzzle.model.checkpoint import build_model, save_model
@@ -23,11 +23,11 @@ OBJECTIVE = ObjectiveConfig(lm=1.0)
 def run(config: PretrainStage, inputs: Inputs, context: StageContext) -> StageResult:
     """Train next-token prediction on the data. Writes the model in fp32 with its tokenizer, and ``metrics.jsonl``."""
     pretrain, budget = config.pretrain, config.pretrain.train
-    config.check_processes(distributed.world_size())
     dataset = TokenDataset.open(inputs["data"].path)
     architecture = llama_architecture(pretrain, dataset)
     way_out = "raise pretrain.max_positions, or lower it"
-    check_model(architecture, budget, config.engine, role="model", node="pretrain.train", way_out=way_out)
+    check_positions(architecture, budget, role="model", node="pretrain.train", way_out=way_out)
+    config.check_processes(distributed.world_size(), {"model": architecture})
     data = training_data(dataset, budget, seed=config.seed, node="pretrain.train")
     with tracking(context, stage="pretrain", config=config) as tracker:
         initial = _initial_model(architecture, dataset, context.resume / "initial", seed=config.seed)

@@ -1,56 +1,46 @@
 """Which models can be dealt how: heads, widths, vocabulary and blocks against an engine's ranks. Torch-free.
 
-What depends on the processes and on the batch stands in :mod:`distill.engine.layout`.
+What depends on the processes and on the batch, and the search for settings that suit all, stand in
+:mod:`distill.engine.dealing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from distill.config import EngineConfig, require
+from distill.config import EngineConfig
+from distill.engine.dealing import Refuses
 from puzzle.model.architecture import Architecture
 
-Reason = Callable[[Architecture, int], "str | None"]
-"""Why a model cannot be dealt over so many ranks; None: it can."""
 
-
-def check_parallelism(architecture: Architecture, engine: EngineConfig, *, role: str = "model") -> None:
-    """Compare a model with the ranks that it is to be dealt over.
+def refuses(architecture: Architecture, *, role: str = "model") -> Refuses:
+    """What a model has to say of settings that it is to be dealt by, for :func:`distill.engine.layout.check_layout`.
 
     Args:
         architecture: of the model.
-        engine: what runs it.
         role: what the model is called in errors: student, teacher.
 
-    Raises:
-        ValueError: heads, widths, vocabulary or blocks cannot be dealt, or the engine's library cannot build the
-            model. The message names the nearest setting that works.
+    Returns:
+        Function from settings to the reason why heads, widths, vocabulary or blocks cannot be dealt, or the engine's
+        library cannot build the model; None where neither is so.
     """
-    if engine.name == "megatron":
-        _check_megatron(architecture, role)
-    for name, reason in (
-        ("sequence_parallel", _sequence_parts),
-        ("tensor_parallel", _shards),
-        ("pipeline_parallel", _stages),
-    ):
-        ranks = getattr(engine, name)
-        why = reason(architecture, ranks)
-        if why is not None:
-            near = _nearest(architecture, ranks, reason)
-            raise ValueError(f"engine.{name}={ranks}: {why} of the {role}; set engine.{name}={near}")
 
+    def reason(engine: EngineConfig) -> str | None:
+        windows = ", ".join(f"{first}-{last}" for first, last in architecture.parallel_windows)
+        if engine.name == "megatron" and windows:
+            return (
+                f"engine.name=megatron runs blocks one after another, and the {role} runs blocks {windows} in parallel"
+            )
+        for name, why_not in (
+            ("sequence_parallel", _sequence_parts),
+            ("tensor_parallel", _shards),
+            ("pipeline_parallel", _stages),
+        ):
+            ranks = getattr(engine, name)
+            why = why_not(architecture, ranks)
+            if why is not None:
+                return f"engine.{name}={ranks}: {why} of the {role}"
+        return None
 
-def _nearest(architecture: Architecture, wanted: int, reason: Reason) -> str:
-    """The working settings next to ``wanted``: the one below and, up to twice as many, the one above."""
-    below = next(ranks for ranks in range(wanted - 1, 0, -1) if reason(architecture, ranks) is None)
-    above = (ranks for ranks in range(wanted + 1, 2 * wanted + 1) if reason(architecture, ranks) is None)
-    return " or ".join(map(str, (below, *_first(above))))
-
-
-def _first(numbers: Iterator[int]) -> Iterator[int]:
-    for number in numbers:
-        yield number
-        return
+    return reason
 
 
 def _sequence_parts(architecture: Architecture, ranks: int) -> str | None:
@@ -93,13 +83,4 @@ def num_real_blocks(architecture: Architecture) -> int:
 def _stages(architecture: Architecture, ranks: int) -> str | None:
     """The blocks in ``ranks`` stages, each with one that computes something."""
     real = num_real_blocks(architecture)
-    return None if ranks <= real else f"more stages than the {real} blocks with attention or FFN"
-
-
-def _check_megatron(architecture: Architecture, role: str) -> None:
-    windows = ", ".join(f"{first}-{last}" for first, last in architecture.parallel_windows)
-    require(
-        not windows,
-        f"engine.name=megatron runs blocks one after another, and the {role} runs blocks {windows} in parallel; set "
-        "engine.name=torch engine.shard=true, or engine.name=deepspeed",
-    )
+    return None if ranks <= max(1, real) else f"more stages than the {real} blocks with attention or FFN"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import yaml
@@ -34,6 +34,7 @@ from launch.stage_configs import (
     PretrainStage,
     SearchStage,
 )
+from puzzle.model.architecture import Architecture, dense_blocks
 
 
 def test_every_stage_composes_into_its_typed_config() -> None:
@@ -85,6 +86,23 @@ def test_an_engine_names_every_setting(name: str) -> None:
 def test_what_two_processes_cannot_deal(config_class: type, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compose_stage(config_class, overrides).check_processes(2)
+
+
+def test_models_and_phases_bound_what_two_processes_are_told(pico_architecture: Architecture) -> None:
+    """Positions and measured lengths are kept, every phase and both models suited."""
+    short = ["engine.sequence_parallel=2", "distill.seq_len=511", "distill.max_tokens=1_000_000"]
+    distill = compose_stage(DistillStage, short)
+    with pytest.raises(ValueError, match=r"set distill.seq_len=510 or 512, or engine.sequence_parallel=1$"):
+        distill.check_processes(2, {"student": replace(pico_architecture, max_positions=512)})
+    with pytest.raises(ValueError, match=r"set distill.seq_len=510, or engine.sequence_parallel=1$"):
+        distill.check_processes(2, {"student": replace(pico_architecture, max_positions=511)})
+    phases = "extend_context.phases=[{seq_len: 511, max_tokens: 9999, batch_size: 2}]"
+    lengths = "extend_context.lengths=[511]"
+    extend = compose_stage(ExtendContextStage, ["engine.sequence_parallel=2", phases, lengths])
+    with pytest.raises(ValueError, match=r"set extend_context.phases.0.seq_len=512, or engine.sequence_parallel=1$"):
+        extend.check_processes(2, {"student": replace(pico_architecture, max_positions=64)})
+    with pytest.raises(ValueError, match=r"does not divide the 3 attention heads of the teacher; set .*parallel=1$"):
+        extend.check_processes(2, {"teacher": replace(pico_architecture, num_heads=3, blocks=dense_blocks(2, 1, 512))})
 
 
 def test_distill_has_one_teacher() -> None:

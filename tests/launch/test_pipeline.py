@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from launch.rundir import RunDirectory
 from launch.single_step import run_step
 from launch.stage import Inputs, StageContext, StageResult
 from launch.store import Store
+from puzzle.model.architecture import Architecture, dense_blocks
+from puzzle.model.hf_config import hf_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,3 +253,45 @@ def test_private_state_that_a_kill_left_behind_the_commit_is_removed_also_by_a_s
     assert run_step(steps, "second", store=store, run=run_directory, context=context, listener=listener) == artifacts
     assert not left.exists()
     assert CALLS == ["first", "second"]
+
+
+def _training_behind() -> PipelineConfig:
+    """A parent, something slow, and its distillation against itself with two ranks to a sequence."""
+    steps = {
+        "parent": StepConfig(stage="make"),
+        "data": StepConfig(stage="gather"),
+        "slow": StepConfig(stage="change", inputs={"model": "parent"}),
+        "gkd": StepConfig(
+            stage="distill",
+            inputs={"student": "slow", "teacher": "parent", "data": "data"},
+            overrides=("engine=torch", "engine.device=cpu", "engine.sequence_parallel=2", "distill.batch_size=7"),
+        ),
+    }
+    return PipelineConfig(about="test", steps=steps)
+
+
+def test_a_model_that_cannot_be_dealt_is_refused_as_soon_as_it_is_there(
+    stages: None, tmp_path: Path, pico_architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = replace(pico_architecture, num_heads=3, blocks=dense_blocks(2, 1, 512))
+
+    def write_model(config: SeedOnly, inputs: Inputs, context: StageContext) -> StageResult:
+        CALLS.append(context.step_name)
+        (context.out / "config.json").write_text(json.dumps(hf_config(odd, "bfloat16")))
+        return StageResult(headline="three heads")
+
+    monkeypatch.setitem(STAGES, "gather", Stage(inputs={}, config=SeedOnly, body="", output="data"))
+    monkeypatch.setattr(Stage, "load_body", lambda self: write_model)
+    monkeypatch.setattr(pipeline_module.processes, "count", lambda: 2)
+    pipeline = _training_behind()
+    refusal = (
+        r"step gkd: engine.sequence_parallel=2: it does not divide the 3 attention heads of the teacher; "
+        r"set engine.sequence_parallel=1 distill.batch_size=6$"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        execute(tmp_path, [], pipeline)
+    assert CALLS == ["parent"]
+    # Now the teacher is known before anything runs.
+    with pytest.raises(ValueError, match=refusal):
+        execute(tmp_path, [], pipeline)
+    assert CALLS == ["parent"]
