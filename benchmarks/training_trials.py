@@ -25,6 +25,7 @@ from distill.engine.base import create_engine
 from distill.engine.dealing import StepShape
 from distill.engine.layout import check_layout
 from distill.engine.setup import TrainingSetup
+from distill.files import write_whole
 from launch.training import paired_blocks
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import CheckpointWriter, read_architecture
@@ -193,9 +194,7 @@ def main() -> None:
             report |= _measure(trial)
     except Exception as error:
         report["failure"] = _reason(error)
-    path = directory / f"rank-{os.environ['RANK']}.json"
-    path.with_suffix(".part").write_text(json.dumps(report))
-    path.with_suffix(".part").rename(path)
+    write_whole(directory / f"rank-{os.environ['RANK']}.json", json.dumps(report))
     # Not through the interpreter's end: it may wait for processes that wait for this one.
     os._exit(1 if report["failure"] else 0)
 
@@ -206,7 +205,8 @@ def _measure(trial: Trial) -> dict[str, Any]:
     teacher = None if trial.teacher is None else DirectoryProvider(Path(trial.teacher))
     world_size, batch_size, seq_len = distributed.world_size(), trial.batch_size, trial.seq_len
     shape = StepShape(node="trial", batch_size=batch_size, seq_len=seq_len)
-    check_layout(engine, world_size=world_size, steps=[shape], models=[refuses(student.architecture)])
+    models = [refuses(model.architecture) for model in (student, teacher) if model is not None]
+    check_layout(engine, world_size=world_size, steps=[shape], models=models)
     objective = ObjectiveConfig(**trial.objective)
     pairs = () if teacher is None else paired_blocks(student.architecture, teacher.architecture, objective)
     setup = TrainingSetup(student=student, objective=objective, teacher=teacher, layer_map=pairs)

@@ -16,9 +16,9 @@ from distill.config import OptimConfig, TrainConfig
 from distill.data.batch import Batch
 from distill.engine.base import Engine
 from distill.metrics import Row, StepMeter
+from distill.nonfinite import first_not_finite
 from distill.point_writer import PointWriter
 from distill.schedule import learning_rate
-from distill.soundness import first_not_finite
 from distill.tracking import Tracker
 
 FLUSH_EVERY_STEPS = 10
@@ -31,7 +31,7 @@ class BatchSource(Protocol):
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         """Data rank ``rank``'s equal share, in order, of the sequences of optimizer step ``step``, on the CPU."""
 
-    def whereabouts(self, step: int) -> str:
+    def describe_step(self, step: int) -> str:
         """Where a user finds the text of optimizer step ``step``, in words."""
 
 
@@ -200,18 +200,19 @@ class _Run:
 
     def _add_steps(self, rows: list[Row], num_steps_done: int) -> None:
         first_step = num_steps_done - len(rows)
-        self._add(rows, first_step + 1, whereabouts=lambda row: self._batches.whereabouts(first_step + row))
+        self._add(rows, first_step + 1, describe_step=lambda row: self._batches.describe_step(first_step + row))
 
     def _add_evaluation(self, *, step: int) -> None:
         if self._held_out is None:
             return
-        metrics = self._engine.evaluate(self._held_out)
+        held_out = self._held_out
+        metrics = self._engine.evaluate(held_out)
         tokens = self._tokens_before + step * self._train.tokens_per_step
         row = {"tokens": tokens, **{f"eval/{name}": value for name, value in metrics.items()}}
-        self._add([row], step, whereabouts=lambda _: "held-out sequences")
+        self._add([row], step, describe_step=lambda _: f"the {len(held_out)} held-out sequences")
 
-    def _add(self, rows: list[Row], step: int, *, whereabouts: Callable[[int], str]) -> None:
-        """Add rows, the first of which is of ``step``; ``whereabouts`` says of which text a row is."""
+    def _add(self, rows: list[Row], step: int, *, describe_step: Callable[[int], str]) -> None:
+        """Add rows, the first of which is of ``step``; ``describe_step`` says of which text a row is."""
         bad = first_not_finite(rows)
         for row in rows if bad is None else rows[: bad.row]:
             self.curve.append(row)
@@ -222,7 +223,7 @@ class _Run:
                 desc=self._desc,
                 step=step + bad.row,
                 tokens=rows[bad.row]["tokens"],
-                read=whereabouts(bad.row),
+                read=describe_step(bad.row),
                 point=self._points.last_committed(),
             )
 

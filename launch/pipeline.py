@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,14 +125,17 @@ def check_inputs(stage: Stage, config: Any, kinds: Mapping[str, str]) -> None:
             raise ValueError(f"input {name!r} must be of kind {wanted}, the artifact given is of kind {kind}")
 
 
-def check_processes(stage: Stage, config: Any, inputs: Mapping[str, Artifact] | None = None) -> None:
+def check_processes(
+    stage: Stage, config: Any, inputs: Mapping[str, Artifact] | None = None, names: Collection[str] = ()
+) -> None:
     """Raise ``ValueError`` where the processes at hand cannot be dealt as the engine, its batches and the models among
-    the ``inputs``, as far as they are there, ask for."""
+    the ``inputs``, as far as they are there, ask for. ``names`` are those of all inputs; empty: all are there."""
+    inputs = inputs or {}
     if stage.distributed and hasattr(config, "engine"):
         processes.check_devices(config.engine.device)
     count = processes.count()
     if hasattr(config, "check_processes"):
-        config.check_processes(count, known_models(inputs or {}))
+        config.check_processes(count, known_models(inputs), names or inputs)
     elif stage.distributed and hasattr(config, "engine"):
         slices = config.engine.slices
         require(
@@ -205,7 +208,7 @@ def check_all_processes(to_run: Sequence[PlannedStep], steps: Sequence[PlannedSt
     """
     for step in to_run:
         try:
-            check_processes(step.stage, step.config, _inputs_there(step, steps, store))
+            check_processes(step.stage, step.config, _inputs_there(step, steps, store), step.inputs)
         except ValueError as error:
             raise ValueError(f"step {step.name}: {error}") from error
 

@@ -24,7 +24,7 @@ from launch.config import (
     step_overrides,
 )
 from launch.pipeline import check_inputs
-from launch.plan_advice import Limits, check_step, fits, nearest_fit, needed_bytes, step_memory
+from launch.plan_advice import Limits, fits, nearest_fit, needed_bytes, step_memory
 from launch.plan_demands import Demand, Training, stage_demand
 from launch.plan_memory import Memory
 from launch.plan_models import PlannedModel
@@ -247,7 +247,8 @@ class _Planner:
         if len(demand.trainings) > 1:
             row = replace(row, step=f"{row.step} phase {run.name.rpartition('.')[2]}")
         try:
-            check_step(step, node=run.name)
+            roles = {"student": step.student, "teacher": step.teacher}
+            config.check_processes(step.num_ranks, {role: model for role, model in roles.items() if model is not None})
             memory = step_memory(step)
         except ValueError as error:
             return replace(row, problem=str(error))

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.config import EngineConfig
 from distill.engine.dealing import Dealing, StepShape
-from distill.engine.layout import check_layout, check_options
+from distill.engine.layout import check_options
 from launch.plan_megatron import megatron_memory
 from launch.plan_memory import Memory, training_memory
 from launch.plan_step import Step
@@ -52,12 +52,6 @@ def fits(step: Step, memory: Memory, limits: Limits) -> bool:
 def _host_bytes(step: Step, memory: Memory, limits: Limits) -> float:
     """Of one node."""
     return memory.host_total * min(step.num_ranks, limits.gpus_per_node)
-
-
-def check_step(step: Step, *, node: str) -> None:
-    """Raise ``ValueError`` where the ranks, the batch or the models cannot be dealt as ``step`` says."""
-    dealing = _dealing(step, node)
-    check_layout(step.engine, world_size=step.num_ranks, steps=dealing.steps, models=dealing.models)
 
 
 def _dealing(step: Step, node: str) -> Dealing:

@@ -185,9 +185,9 @@ class _Timeline:
     def _final(self) -> float:
         """Final norm: what it keeps, and its output, which the heads read."""
         tiled = self._shape.tile(self._student.hidden_dim) < self._shape.tokens
-        r = self._numerics.residual
-        kept = r if tiled else {True: 8, False: 6}[r == 4]
-        return float(self._stream * (kept + r))
+        # It is not compiled with the blocks.
+        kept = replace(self._numerics, compiled=False).norm_bytes(self._student.hidden_dim, tiled=tiled)
+        return float(kept * self._step.micro_tokens + self._numerics.residual * self._stream)
 
     def _hidden_terms(self) -> Parts:
         """Outputs of paired blocks, of the teacher and, where blocks do not keep them, of the student."""

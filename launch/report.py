@@ -45,11 +45,11 @@ def write_report(run_dir: Path, run_name: str, steps: Mapping[str, Artifact]) ->
     way_out = "free some space and give the same command again: all artifacts are there, and only the report is written"
     with full_disk_explained(run_dir, writer="the report", way_out=way_out):
         directory.mkdir(parents=True, exist_ok=True)
-        _write_whole(texts)
+        _write_together(texts)
     return page
 
 
-def _write_whole(texts: Mapping[Path, str]) -> None:
+def _write_together(texts: Mapping[Path, str]) -> None:
     """Write all files, or leave all as they were."""
     partial = {path.with_name(f".{path.name}.tmp"): path for path in texts}
     try:

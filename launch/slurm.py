@@ -231,7 +231,7 @@ def _shape(
         return 1, 1
     count = cluster.nodes
     if hasattr(step.config, "check_processes"):
-        step.config.check_processes(count * cluster.gpus_per_node, known_models(inputs))
+        step.config.check_processes(count * cluster.gpus_per_node, known_models(inputs), step.inputs)
     elif hasattr(step.config, "engine"):
         slices, world = step.config.engine.slices, count * cluster.gpus_per_node
         require(

@@ -104,7 +104,9 @@ class PretrainStage:
     def __post_init__(self) -> None:
         check_options(self.engine)
 
-    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
+    def check_processes(
+        self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN, inputs: Collection[str] = ()
+    ) -> None:
         """Raise ``ValueError`` where ``count`` processes cannot run the engine, the batch or ``models`` by role."""
         shape = _shape(self.pretrain.train, "pretrain.train", max_seq_len=self.pretrain.max_positions)
         _check_layout(self.engine, count, models, [shape])
@@ -300,10 +302,17 @@ class DistillStage:
         check_options(self.engine)
         check_objective_memory(self.engine, self.objective)
 
-    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
-        """Raise ``ValueError`` where ``count`` processes cannot run the engine, the batch or ``models`` by role."""
+    def check_processes(
+        self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN, inputs: Collection[str] = ()
+    ) -> None:
+        """Raise ``ValueError`` where ``count`` processes cannot run the engine, the batch or ``models`` by role.
+
+        ``inputs`` are the names of all that the stage is given. Cached signals are of one sequence length.
+        """
         positions = [architecture.max_positions for architecture in models.values()]
         bounds = {"max_seq_len": min(positions)} if positions else {}
+        if "signals" in inputs:
+            bounds = {"min_seq_len": self.distill.seq_len, "max_seq_len": self.distill.seq_len}
         _check_layout(self.engine, count, models, [_shape(self.distill, "distill", **bounds)])
 
     def check_inputs(self, names: Collection[str]) -> None:
@@ -332,7 +341,9 @@ class ExtendContextStage:
         check_options(self.engine)
         check_objective_memory(self.engine, self.objective)
 
-    def check_processes(self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN) -> None:
+    def check_processes(
+        self, count: int, models: Mapping[str, Architecture] = NONE_KNOWN, inputs: Collection[str] = ()
+    ) -> None:
         """Raise ``ValueError`` where ``count`` processes cannot run the engine, deal a phase's batch or ``models`` by
         role."""
         extend = self.extend_context

@@ -130,6 +130,7 @@ def run_engine(
         out: directory of the trained model, without weights so far.
     """
     budget = data.train
+    _free_device()  # of an engine whose training failed before this one
     runner = create_engine(setup, optim=optim, engine=engine, batch_size=budget.batch_size, seq_len=budget.seq_len)
     with preemption.polled():
         result = train(
@@ -151,11 +152,16 @@ def run_engine(
     runner.export(out)
     distributed.barrier()
     del runner
-    # Engines of libraries refer to themselves; what they hold on the device would stand beside the next one.
+    _free_device()
+    return result
+
+
+def _free_device() -> None:
+    """Let go of engines that are no longer used: those of libraries refer to themselves, and would stand beside the
+    next one on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return result
 
 
 def _step_s_at_peak(

@@ -162,7 +162,7 @@ class Batches:
         )
         return batch if self._eos_token_id is None else documents_apart(batch, self._eos_token_id)
 
-    def whereabouts(self, step: int) -> str:
+    def describe_step(self, step: int) -> str:
         """The sequences of step ``step`` of all ranks, and where their tokens stand, in words.
 
         Of more than :data:`NAMED_SEQUENCES` the first are named.
@@ -171,9 +171,11 @@ class Batches:
         named = indices[:NAMED_SEQUENCES]
         firsts = [self._split.first_token + index * self._seq_len for index in named]
         begin, further = self._split.first_token, len(indices) - len(named)
+        more = f" and {further} more" if further > 0 else ""
+        counted = f", counted from token {begin} on," if begin > 0 else ""
         return (
-            f"sequences {', '.join(map(str, named))}{f' and {further} more' * (further > 0)} of {self._seq_len} tokens"
-            f"{f', counted from token {begin} on,' * (begin > 0)} of {self._split.file or self._split.name}: "
+            f"sequences {', '.join(map(str, named))}{more} of {self._seq_len} tokens{counted} of "
+            f"{self._split.file or self._split.name}: "
             f"tokens {', '.join(f'{first}-{first + self._seq_len - 1}' for first in firsts)}"
         )
 

@@ -93,9 +93,7 @@ def plain(value: object) -> str:
 
 def text_of(settings: Settings) -> str:
     """``settings`` as on the command line: ``a=1 or 2``, ``a=1 b=2``."""
-    if len(settings) == 1:
-        return " ".join(f"{name}={' or '.join(map(plain, values))}" for name, values in settings.items())
-    return " ".join(f"{name}={plain(values[0])}" for name, values in settings.items())
+    return " ".join(f"{name}={' or '.join(map(plain, values))}" for name, values in settings.items())
 
 
 def other_splits(dealing: Dealing) -> Settings | None:
@@ -108,15 +106,15 @@ def other_splits(dealing: Dealing) -> Settings | None:
     found = []
     for ranks in product(*(_up_to_twice(number, dealing.world_size) for number in wanted)):
         if ranks != wanted:
-            other: dict[str, Any] = dict(zip(names, ranks, strict=True))
-            settings = _changes(dealing, replace(dealing.engine, **other))
+            split: dict[str, Any] = dict(zip(names, ranks, strict=True))
+            settings = _changes(dealing, replace(dealing.engine, **split))
             if settings is not None:
-                distance = sum(abs(one - other) for one, other in zip(ranks, wanted, strict=True))
+                distance = sum(abs(one - given) for one, given in zip(ranks, wanted, strict=True))
                 found.append((len(settings), distance, ranks, settings))
     if not found:
         return None
-    number, _, _, best = min(found, key=lambda entry: entry[:3])
-    if number > 1:
+    num_settings, _, _, best = min(found, key=lambda entry: entry[:3])
+    if num_settings > 1:
         return best
     (name,) = best
     index = names.index(name.removeprefix("engine."))

@@ -163,8 +163,9 @@ def _check_world(dealing: Dealing) -> None:
     if world_size % shared:
         names = [name for name in splits(engine) if getattr(engine, name) > 1]
         given = " x ".join(f"engine.{name}={getattr(engine, name)}" for name in names)
-        ways = _ways_out(dealing, other_splits(dealing), processes=other_processes(dealing))
-        launcher = " (torchrun --nproc-per-node ... -m launch ...)" if "start" in ways else ""
+        processes = other_processes(dealing)
+        ways = _ways_out(dealing, other_splits(dealing), processes=processes)
+        launcher = "" if processes is None else " (torchrun --nproc-per-node ... -m launch ...)"
         raise ValueError(f"{given} needs a multiple of {shared} processes, got {world_size}; {ways}{launcher}")
 
 

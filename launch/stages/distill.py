@@ -32,7 +32,7 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
     dataset = TokenDataset.open(inputs["data"].path)
     models = {role: _model(role, config, inputs, dataset) for role in ("student", "teacher") if role in inputs}
     architectures = {role: model.architecture for role, model in models.items()}
-    config.check_processes(distributed.world_size(), architectures)
+    config.check_processes(distributed.world_size(), architectures, inputs)
     student = models["student"]
     if "signals" in inputs:
         signals = _signals(config, inputs, dataset, student)

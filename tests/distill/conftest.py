@@ -109,7 +109,7 @@ class RandomBatches:
         share = self.batch_size // num_ranks
         return whole.rows(rank * share, (rank + 1) * share)
 
-    def whereabouts(self, step: int) -> str:
+    def describe_step(self, step: int) -> str:
         return f"tokens of seed {step % 3}"
 
 

@@ -111,8 +111,8 @@ class KilledAt:
             raise KeyboardInterrupt
         return self.batches.batch(step, rank, num_ranks)
 
-    def whereabouts(self, step: int) -> str:
-        return self.batches.whereabouts(step)
+    def describe_step(self, step: int) -> str:
+        return self.batches.describe_step(step)
 
 
 def test_training_closes_the_gap_to_the_teacher(lab: Lab) -> None:
@@ -181,8 +181,8 @@ class Opening:
             raise KeyboardInterrupt
         return self.batches.batch(step, rank, num_ranks)
 
-    def whereabouts(self, step: int) -> str:
-        return self.batches.whereabouts(step)
+    def describe_step(self, step: int) -> str:
+        return self.batches.describe_step(step)
 
 
 @pytest.mark.parametrize("dies_at", [9, 14])
@@ -321,8 +321,8 @@ class PoisonedAt:
             _break(self.student)
         return self.batches.batch(step, rank, num_ranks)
 
-    def whereabouts(self, step: int) -> str:
-        return self.batches.whereabouts(step)
+    def describe_step(self, step: int) -> str:
+        return self.batches.describe_step(step)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_the_point_on_its_way_is_waited_for_and_named(
 def test_a_student_that_starts_broken_is_refused_before_the_first_step(lab: Lab) -> None:
     engine = lab.engine(seed=0)
     _break(engine.student)
-    message = r"eval/\w+ is nan at step 0 \(0 tokens\), on held-out sequences; no resume point yet: the same command"
+    message = r"eval/\w+ is nan at step 0 \(0 tokens\), on the 4 held-out sequences; no resume point of this "
     with pytest.raises(ValueError, match=message):
         lab.run(engine, batches=KilledAt(lab.batches, 0))
 

@@ -267,7 +267,7 @@ class PoisonedAt:
         share = BATCH_SIZE // num_ranks
         return Batch.of(tokens(BATCH_SIZE, seed=step)).rows(rank * share, (rank + 1) * share)
 
-    def whereabouts(self, step: int) -> str:
+    def describe_step(self, step: int) -> str:
         return f"tokens of seed {step}"
 
 

@@ -327,7 +327,12 @@ def test_a_sweep_goes_on_after_a_run_that_diverged(
     """All processes are still there for the next run."""
     results = run_in_processes(2, launch, arguments("distill", tmp_path, inputs, "optim.lr=1e30,5e-4", "--multirun"))
     assert [status for status, _ in results] == [2, 2], results
-    assert len(re.findall(r"error: .* is (?:nan|inf) at step \d+ .* no resume point yet: ", results[0][1])) == 1
+    assert (
+        len(
+            re.findall(r"error: .* is (?:nan|inf) at step \d+ .* no resume point of this training yet: ", results[0][1])
+        )
+        == 1
+    )
     assert results[1][1] == ""
     (made,) = tmp_path.glob("**/store/distill-*/artifact.json")
     assert json.loads(made.read_text())["headline"] == alone["distill"].manifest["headline"]

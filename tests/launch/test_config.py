@@ -96,6 +96,9 @@ def test_models_and_phases_bound_what_two_processes_are_told(pico_architecture: 
         distill.check_processes(2, {"student": replace(pico_architecture, max_positions=512)})
     with pytest.raises(ValueError, match=r"set distill.seq_len=510, or engine.sequence_parallel=1$"):
         distill.check_processes(2, {"student": replace(pico_architecture, max_positions=511)})
+    # Cached signals are of one length.
+    with pytest.raises(ValueError, match=r"does not divide; set engine.sequence_parallel=1$"):
+        distill.check_processes(2, {"student": pico_architecture}, {"student", "signals", "data"})
     phases = "extend_context.phases=[{seq_len: 511, max_tokens: 9999, batch_size: 2}]"
     lengths = "extend_context.lengths=[511]"
     extend = compose_stage(ExtendContextStage, ["engine.sequence_parallel=2", phases, lengths])

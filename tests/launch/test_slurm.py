@@ -191,6 +191,10 @@ def test_one_step_runs_on_what_the_others_have_left(overrides: list[str], tmp_pa
     assert left["pruned"] == ()
     assert "parent" not in left
     assert run.linked("data") is not None
+    # The parent, which is there now, is the teacher of a step to come, and has four heads.
+    dealt = [*overrides, "cluster.gpus_per_node=8", "steps.distilled.engine.sequence_parallel=8"]
+    with pytest.raises(ValueError, match=r"step distilled: .*parallel=8: it does not divide the 4 attention heads of"):
+        jobs_of(dealt, run)
 
 
 @dataclass(frozen=True, kw_only=True)

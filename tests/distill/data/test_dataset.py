@@ -55,9 +55,9 @@ def test_large_token_ids_survive() -> None:
     assert split.first(1, 2).tolist() == [[70_000, 2**31]]
 
 
-def _told(whereabouts: str) -> list[tuple[int, int]]:
+def _told(describe_step: str) -> list[tuple[int, int]]:
     """First and last token of each sequence that is named."""
-    _, _, spans = whereabouts.partition(": tokens ")
+    _, _, spans = describe_step.partition(": tokens ")
     return [(int(first), int(last)) for first, last in (span.split("-") for span in spans.split(", "))]
 
 
@@ -68,7 +68,7 @@ def test_the_text_of_a_step_is_found_where_it_is_said_to_stand(directory: Path, 
     stored = np.load(directory / "train.npy")
     for step in (9, 0, 4):  # step 2 or 3 spans the end of an epoch
         whole = batches.batch(step)
-        said = batches.whereabouts(step)
+        said = batches.describe_step(step)
         rows = [stored[first : last + 1].tolist() for first, last in _told(said)]
         assert rows == whole.input_ids.tolist()
         counted = ", counted from token 23 on," if used_tokens else ""
@@ -78,7 +78,7 @@ def test_the_text_of_a_step_is_found_where_it_is_said_to_stand(directory: Path, 
 
 def test_of_many_sequences_the_first_are_named() -> None:
     batches = Batches(_split(403), seq_len=10, batch_size=30, seed=7)
-    said = batches.whereabouts(1)
+    said = batches.describe_step(1)
     assert len(_told(said)) == 8
     assert " and 22 more of 10 tokens of train: tokens " in said
     assert [first for first, _ in _told(said)] == batches.batch(1).input_ids[:8, 0].tolist()

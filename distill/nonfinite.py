@@ -32,7 +32,7 @@ class NotFinite:
             point: the last good resume point.
         """
         if point is None:
-            way_back = "no resume point yet: the same command starts anew"
+            way_back = "no resume point of this training yet: the same command starts it anew"
         else:
             way_back = f"last good resume point: {point}; the same command goes on from there"
         return SharedError(
