@@ -217,7 +217,8 @@ def test_the_fullest_moment_by_hand(pico_architecture: Architecture) -> None:
     values, tokens = num_params(pico_architecture), 8192
     attention = 14 * 64 + 4 + 2 * (2 * 64 + 2 * 32) + 4 * 4
     ffn = 12 * 64 + 4 + 4 * 2 * 512
-    # Final norm: input, normalised, output and inverse root mean square in fp32. Gradient of the heads' input in bf16, and in fp32.
+    # Final norm: input, normalised, output and inverse root mean square in fp32. Gradient of the heads' input in bf16,
+    # and in fp32.
     ends = 12 * 64 + 4 + 6 * 64
     matrices = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 512 * 64) + 320 * 64
     assert memory.moment == "heads"
