@@ -108,15 +108,9 @@ def attention_part(
         return None
     a, tokens, c = architecture, shape.tokens, numerics.product
     params, hidden = attention_params(a, attention), a.hidden_dim
-    norm, norm_input = _norm(hidden, shape, numerics)
     if attention.num_kv_heads is None:
-        return Part(
-            saved=norm + numerics.product_input_bytes(hidden, 1) * tokens,
-            backward=c * tokens * hidden,
-            num_params=params,
-            largest_matrix=hidden**2,
-            norm_input=norm_input,
-        )
+        return _linear_part(params, hidden, shape, numerics)
+    norm, norm_input = _norm(hidden, shape, numerics)
     q, k = a.num_heads * a.head_dim, attention.num_kv_heads * a.head_dim
     norm += numerics.product_input_bytes(hidden, 3) * tokens
     saved = norm + c * tokens * (2 * q + 2 * k) + 4 * tokens * a.num_heads
@@ -128,6 +122,18 @@ def attention_part(
         probabilities = 4 * tokens * shape.seq_len * a.num_heads
         saved, backward = saved + probabilities, backward + 2 * probabilities
     return Part(saved=saved, backward=backward, num_params=params, largest_matrix=q * hidden, norm_input=norm_input)
+
+
+def _linear_part(num_params: int, hidden: int, shape: Shape, numerics: Numerics) -> Part:
+    """One matrix in the place of an attention or FFN: it keeps its input alone."""
+    norm, norm_input = _norm(hidden, shape, numerics)
+    return Part(
+        saved=norm + numerics.product_input_bytes(hidden, 1) * shape.tokens,
+        backward=numerics.product * shape.tokens * hidden,
+        num_params=num_params,
+        largest_matrix=hidden**2,
+        norm_input=norm_input,
+    )
 
 
 def _norm(hidden: int, shape: Shape, numerics: Numerics) -> tuple[float, float]:
@@ -144,15 +150,9 @@ def ffn_part(architecture: Architecture, ffn: FFNConfig, shape: Shape, numerics:
         return None
     tokens, hidden, c = shape.tokens, architecture.hidden_dim, numerics.product
     params = ffn_params(architecture, ffn)
-    norm, norm_input = _norm(hidden, shape, numerics)
     if ffn.ffn_dim is None:
-        return Part(
-            saved=norm + numerics.product_input_bytes(hidden, 1) * tokens,
-            backward=c * tokens * hidden,
-            num_params=params,
-            largest_matrix=hidden**2,
-            norm_input=norm_input,
-        )
+        return _linear_part(params, hidden, shape, numerics)
+    norm, norm_input = _norm(hidden, shape, numerics)
     width = ffn.ffn_dim
     inner = (2 if numerics.compiled else 4) * c * width + numerics.product_input_bytes(hidden, 2)
     extra = (4 if numerics.compiled else 2) * c * width
