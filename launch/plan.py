@@ -247,8 +247,7 @@ class _Planner:
         if len(demand.trainings) > 1:
             row = replace(row, step=f"{row.step} phase {run.name.rpartition('.')[2]}")
         try:
-            roles = {"student": step.student, "teacher": step.teacher}
-            config.check_processes(step.num_ranks, {role: model for role, model in roles.items() if model is not None})
+            config.check_processes(step.num_ranks, step.models)
             memory = step_memory(step)
         except ValueError as error:
             return replace(row, problem=str(error))
@@ -259,8 +258,8 @@ class _Planner:
         if self._rates is None or config.engine.device == "cpu":
             return row
         seconds = step_time(step, self._rates).total_s
-        models = [step.student] if step.teacher is None else [step.student, step.teacher]
-        held_out = run.evaluated_tokens / step.seq_len * sum(sequence_flops(model, step.seq_len) for model in models)
+        flops = sum(sequence_flops(model, step.seq_len) for model in step.models.values())
+        held_out = run.evaluated_tokens / step.seq_len * flops
         hours = (run.num_steps * seconds + held_out / (self._rates.flops_per_s * step.num_ranks)) / 3600
         row = replace(row, step_s=seconds, hours=hours, gpu_hours=hours * row.gpus)
         return self._with_interruptions(

@@ -55,12 +55,11 @@ def _host_bytes(step: Step, memory: Memory, limits: Limits) -> float:
 
 
 def _dealing(step: Step, node: str) -> Dealing:
-    models = {"student": step.student, "teacher": step.teacher}
     return Dealing(
         engine=step.engine,
         world_size=step.num_ranks,
         steps=(StepShape(node=node, batch_size=step.batch_size, seq_len=step.seq_len),),
-        models=tuple(refuses(model, role=role) for role, model in models.items() if model is not None),
+        models=tuple(refuses(model, role=role) for role, model in step.models.items()),
     )
 
 

@@ -28,6 +28,11 @@ class Step:
     """A resume point is copied to CPU memory, and written while the next steps run (``resume_points.background``)."""
 
     @property
+    def models(self) -> dict[str, Architecture]:
+        """Those that run, by role."""
+        return {"student": self.student, **({} if self.teacher is None else {"teacher": self.teacher})}
+
+    @property
     def data_ranks(self) -> int:
         """Ranks with sequences of their own."""
         return self.num_ranks // num_model_ranks(self.engine)
