@@ -195,7 +195,7 @@ def test_a_save_that_takes_longer_than_the_signal_is_a_problem() -> None:
     assert "signal_seconds=20 that a job has before its time limit" in step.problem
 
 
-@pytest.mark.parametrize("name", ["ultra", "super_49b", "llama_8b", "smollm2"])
+@pytest.mark.parametrize("name", ["ultra", "super_49b", "llama_8b", "smollm2", "long_context"])
 def test_the_shipped_pipelines_fit_the_machines_that_they_ask_for(name: str) -> None:
     plan = plan_pipeline(name, ["cluster=slurm"])
     assert plan.problems == []
