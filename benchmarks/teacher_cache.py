@@ -31,7 +31,8 @@ from distill.objective import Objective, Totals
 from distill.teacher import CachedTeacher, Teacher
 from distill.teacher_store import SignalStore
 from launch.artifact import Artifact
-from launch.config import StepConfig
+from launch.config import PipelineConfig, StepConfig, compose_stage, step_overrides
+from launch.stage_configs import DistillStage
 from puzzle.model.checkpoint import load_model
 
 BATCH = 4
@@ -73,6 +74,16 @@ def steps_of(top_ks: Sequence[int], *, seq_len: int, num_tokens: int, train_toke
         models[f"distilled_{name}"] = StepConfig(stage="distill", inputs=inputs, overrides=training)
     judged = {"parent": "parent", "data": "data", "student": "student"} | {name: name for name in models}
     return {**found, **models, "evaluation": StepConfig(stage="evaluate", inputs=judged)}
+
+
+def whole_steps(train_tokens: int, seq_len: int, overrides: Sequence[str]) -> int:
+    """Tokens of the optimizer steps that spend ``train_tokens``: what a cache has to hold for them."""
+    if train_tokens == 0:
+        return 0
+    pipeline = PipelineConfig(about="", steps={"distilled": StepConfig(stage="distill")})
+    budget = (f"distill.seq_len={seq_len}", f"distill.max_tokens={train_tokens}")
+    train = compose_stage(DistillStage, [*step_overrides(pipeline, "distilled", overrides), *budget]).distill
+    return train.num_steps * train.tokens_per_step
 
 
 def measure(student: nn.Module, teacher: Teacher | CachedTeacher, sequences: Tensor) -> Measured:
@@ -186,7 +197,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256], help="tokens kept")
     parser.add_argument("--sequences", type=int, default=64, help="train sequences that losses are compared on")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--train-tokens", type=int, default=0, help="distil a student from each for so many tokens")
+    parser.add_argument(
+        "--train-tokens",
+        type=int,
+        default=0,
+        help="distil a student from each for so many tokens, rounded up to whole optimizer steps",
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of teacher and student")
     options = parser.parse_args()
     require(options.sequences > 0, f"--sequences must be > 0, got {options.sequences}")
@@ -195,7 +211,7 @@ def main() -> None:
         options.top_k,
         seq_len=options.seq_len,
         num_tokens=options.sequences * options.seq_len,
-        train_tokens=options.train_tokens,
+        train_tokens=whole_steps(options.train_tokens, options.seq_len, overrides),
     )
     artifacts = run(options.root, "teacher_cache", steps, overrides)
     results = rows(

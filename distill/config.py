@@ -381,6 +381,10 @@ class EvaluateConfig:
         for name in ("seq_len", "num_sequences", "batch_size", "num_needles"):
             require(getattr(self, name) > 0, f"evaluate.{name} must be > 0, got {getattr(self, name)}")
 
+    def num_sequences_at(self, length: int) -> int:
+        """Sequences of ``length`` tokens that have as many tokens together as the main evaluation."""
+        return max(1, self.num_sequences * self.seq_len // length)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from distill.config import PLACEMENT, ResumePointsConfig, RopeConfig, TrainConfig, require
+from distill.config import PLACEMENT, EvaluateConfig, ResumePointsConfig, RopeConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +78,15 @@ class ExtendContextConfig:
             )
         except ValueError as error:
             raise ValueError(f"{self.node(index)}: {error}") from error
+
+    @property
+    def probe(self) -> EvaluateConfig:
+        """What is asked at each of ``lengths``: as many tokens, and as many in a forward, as one held-out evaluation
+        and one sequence of the last phase have."""
+        return EvaluateConfig(
+            seq_len=self.phases[-1].seq_len,
+            num_sequences=self.eval_sequences,
+            batch_size=1,
+            lengths=self.lengths,
+            num_needles=self.num_needles,
+        )

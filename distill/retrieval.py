@@ -169,8 +169,7 @@ def make_probe(
     Raises:
         ValueError: the validation split is too short, or ``length`` is too short for a single needle.
     """
-    num_sequences = max(1, config.num_sequences * config.seq_len // length)
-    sequences = dataset.split("validation").first(num_sequences, length)
+    sequences = dataset.split("validation").first(config.num_sequences_at(length), length)
     needles: dict[str, Needles | None] = {}
     for task in TASKS:
         fits = task == SINGLE or length > _most_question_tokens(dataset, task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ class TeacherCacheConfig:
     def shard_sequences(self) -> int:
         """Sequences of every file but a split's last."""
         return max(1, self.shard_tokens // self.seq_len)
+
+    def check_data(self, num_tokens: Mapping[str, int]) -> None:
+        """Raise ``ValueError`` where a split is too short for what is to be cached; ``num_tokens`` by split."""
+        counts = {"max_tokens": ("train", self.num_sequences), "eval_sequences": ("validation", self.eval_sequences)}
+        for name, (split, num_sequences) in counts.items():
+            available = num_tokens[split] // self.seq_len
+            most = available * self.seq_len if name == "max_tokens" else available
+            require(
+                num_sequences <= available,
+                f"teacher_cache.{name}={getattr(self, name)} asks for {num_sequences} sequences of {self.seq_len} "
+                f"tokens of the {split} split, which has {available}; set it to {most}, or raise data.{split}_tokens",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,21 +219,30 @@ def check_run(index: CacheIndex, train: TrainConfig, *, vocab_size: int, tokeniz
         f"the teacher of the signals has a vocabulary of {index.vocab_size} rows, the student one of {vocab_size}; "
         "cache the signals of the model that the student was made of",
     )
+    check_shape(
+        train,
+        seq_len=index.seq_len,
+        separate_documents=index.separate_documents,
+        eval_sequences=index.num_sequences("validation"),
+    )
+
+
+def check_shape(train: TrainConfig, *, seq_len: int, separate_documents: bool, eval_sequences: int) -> None:
+    """Raise ``ValueError`` unless ``train`` reads sequences as they were cached, and not more for evaluation."""
     require(
-        index.seq_len == train.seq_len,
-        f"the teacher signals are of sequences of {index.seq_len} tokens, this run has seq_len={train.seq_len}; set "
-        f"it to {index.seq_len}, or run stage cache_teacher with teacher_cache.seq_len={train.seq_len}",
+        seq_len == train.seq_len,
+        f"the teacher signals are of sequences of {seq_len} tokens, this run has seq_len={train.seq_len}; set "
+        f"it to {seq_len}, or run stage cache_teacher with teacher_cache.seq_len={train.seq_len}",
     )
     require(
-        index.separate_documents == train.separate_documents,
-        f"the teacher signals have separate_documents={index.separate_documents}, this run has "
+        separate_documents == train.separate_documents,
+        f"the teacher signals have separate_documents={separate_documents}, this run has "
         f"{train.separate_documents}: the teacher has seen other contexts; set both to the same",
     )
-    held_out = index.num_sequences("validation")
     require(
-        train.eval_sequences <= held_out,
-        f"eval_sequences={train.eval_sequences}, but the teacher signals have {held_out} validation sequences; lower "
-        f"it, or run stage cache_teacher with teacher_cache.eval_sequences={train.eval_sequences}",
+        train.eval_sequences <= eval_sequences,
+        f"eval_sequences={train.eval_sequences}, but the teacher signals have {eval_sequences} validation sequences; "
+        f"lower it, or run stage cache_teacher with teacher_cache.eval_sequences={train.eval_sequences}",
     )
 
 

@@ -25,6 +25,7 @@ from launch.config import (
     compose_stage,
     step_overrides,
 )
+from launch.data_sizes import require_enough_data
 from launch.finished_run import read_architecture
 from launch.modelled_fusion import require_fused_as_modelled
 from launch.registry import STAGES, Stage
@@ -56,7 +57,8 @@ def plan(pipeline: PipelineConfig, overrides: Sequence[str], *, is_fused_elsewhe
         is_fused_elsewhere: a fusion-aware search may stand here without the fuse step that it counts on.
 
     Raises:
-        ValueError: a stage, an input or a configuration is wrong; names the step.
+        ValueError: a stage, an input or a configuration is wrong, or data too short for what is read of it; names the
+            step.
     """
     check_step_prefixes(pipeline, overrides)
     for name in pipeline.steps:
@@ -70,6 +72,7 @@ def plan(pipeline: PipelineConfig, overrides: Sequence[str], *, is_fused_elsewhe
             raise ValueError(f"step {name}: {error}") from error
     steps = list(planned.values())
     require_fused_as_modelled(steps, is_fused_elsewhere=is_fused_elsewhere)
+    require_enough_data(steps, {})
     return steps
 
 
@@ -173,8 +176,8 @@ def run_steps(
 
     Raises:
         ValueError: a step refused its input, or the processes cannot be dealt into slices, or be dealt a batch or a
-            model, which is known before the first step or when the model is there; names the step. Or W&B is asked for
-            and cannot start.
+            model, which is known before the first step or when the model is there; or its data is too short, which is
+            known when that is there; names the step. Or W&B is asked for and cannot start.
     """
     wandb_run.check(context.tracking)
     check_all_processes(steps, steps, store)
@@ -196,6 +199,9 @@ def run_steps(
         if artifact.manifest.kind == "model" and not cached:
             # A model that a later step cannot deal is not worth the steps between.
             check_all_processes(steps[len(artifacts) :], steps, store)
+        if artifact.manifest.kind == "data":
+            # Its text may have ended before it had what was asked for.
+            require_enough_data(steps, artifacts)
     run.write_steps({name: artifact.manifest.fingerprint for name, artifact in artifacts.items()})
     return artifacts
 

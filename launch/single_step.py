@@ -14,6 +14,7 @@ import filelock
 from distill import wandb_run
 from distill.config import require
 from launch.artifact import MANIFEST_NAME, Artifact, Recipe
+from launch.data_sizes import require_enough_data
 from launch.pipeline import Listener, PlannedStep, check_processes, describe_change, make_job
 from launch.rundir import RunDirectory
 from launch.stage import StageContext
@@ -59,7 +60,7 @@ def run_step(
 
     Raises:
         ValueError: there is no such step, an input is not committed, the processes do not suit it, it refused,
-            or W&B is asked for and cannot start.
+            the data is too short for one of the steps, or W&B is asked for and cannot start.
     """
     wandb_run.check(context.tracking)
     by_name = {step.name: step for step in steps}
@@ -71,6 +72,7 @@ def run_step(
         f"step {name} needs what step {', '.join(missing)} gives, which is not in {store.root}; run that first: "
         f"the same command with --step {missing[0] if missing else ''}",
     )
+    require_enough_data(steps, found)
     try:
         artifact, was_there = _compute(step, found, store=store, run=run, context=context, listener=listener)
     except ValueError as error:
@@ -79,6 +81,8 @@ def run_step(
     listener.finished(name, artifact, was_there)
     # Steps that ended meanwhile count too: the last of them sees all.
     found = {**committed(steps, store=store, run=run), name: artifact}
+    # Jobs that wait for this one then end with it, instead of one after the other up to the step that lacks text.
+    require_enough_data(steps, found)
     return {step.name: found[step.name] for step in steps} if found.keys() == by_name.keys() else None
 
 

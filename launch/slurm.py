@@ -24,6 +24,7 @@ from launch import slurm_commands
 from launch.artifact import Artifact
 from launch.cluster_config import ClusterConfig
 from launch.config import PipelineConfig
+from launch.data_sizes import require_enough_data
 from launch.pipeline import PlannedStep, known_models
 from launch.preemption import EXIT_STATUS
 from launch.rundir import RunDirectory
@@ -78,9 +79,11 @@ def plan_jobs(
         run: where links, scripts and logs go.
 
     Raises:
-        ValueError: a step cannot be dealt over its nodes; names the step.
+        ValueError: a step cannot be dealt over its nodes, or the data that is there is too short for it; names the
+            step.
     """
     there = committed(steps, store=store, run=run)
+    require_enough_data(steps, there)
     todo = [step for step in steps if step.name not in there]
     jobs = []
     for step in todo:

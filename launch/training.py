@@ -15,7 +15,8 @@ import torch
 from distill import distributed
 from distill.config import EngineConfig, ObjectiveConfig, OptimConfig, TrainConfig, require
 from distill.data.batch import Batch
-from distill.data.dataset import Batches, TokenDataset, documents_apart, within_data
+from distill.data.budget import stretch
+from distill.data.dataset import Batches, TokenDataset, documents_apart
 from distill.engine.base import create_engine
 from distill.engine.setup import TrainingSetup
 from distill.recovered import Recovery
@@ -46,7 +47,7 @@ def training_data(
     *,
     seed: int,
     node: str,
-    num_sequences: int | None = None,
+    num_cached: int | None = None,
     used_tokens: int | None = None,
 ) -> TrainingData:
     """Batches and held-out sequences of ``train_config``.
@@ -56,34 +57,26 @@ def training_data(
         train_config: budget, sequence length, batch.
         seed: of the order.
         node: configuration node of ``train_config``, for errors.
-        num_sequences: sequences of the train split that may be drawn; None: all.
-        used_tokens: tokens at the beginning of the train split that earlier phases have had. The run then draws from
-            the stretch behind them that its budget fills, so that the next phase finds new tokens behind that; where
-            there is not enough and ``data_end=repeat``, from the whole split. None: from the whole split.
+        num_cached: as in :func:`distill.data.budget.stretch`.
+        used_tokens: the same.
 
     Raises:
         ValueError: a split is too short.
     """
     split = dataset.split("train")
-    if used_tokens is not None:
-        wanted = train_config.num_steps * train_config.batch_size
-        left = split.beyond(used_tokens)
-        if left.num_sequences(train_config.seq_len) >= wanted or train_config.data_end != "repeat":
-            split = left
-            num_sequences = min(wanted, left.num_sequences(train_config.seq_len))
-            train_config = within_data(train_config, num_sequences, where=node, used_tokens=used_tokens)
+    drawn = stretch(train_config, split.num_tokens, where=node, num_cached=num_cached, used_tokens=used_tokens)
     batches = Batches(
-        split,
+        split.beyond(drawn.first_token),
         seq_len=train_config.seq_len,
         batch_size=train_config.batch_size,
         seed=seed,
         separate_documents=train_config.separate_documents,
         eos_token_id=dataset.eos_token_id,
-        num_sequences=num_sequences,
+        num_sequences=drawn.num_sequences,
     )
     held_out = Batch.of(dataset.split("validation").first(train_config.eval_sequences, train_config.seq_len))
     return TrainingData(
-        train=within_data(train_config, batches.num_sequences, where=node),
+        train=drawn.train,
         batches=batches,
         held_out=documents_apart(held_out, dataset.eos_token_id) if train_config.separate_documents else held_out,
     )

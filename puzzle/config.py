@@ -131,6 +131,11 @@ class LibraryConfig:
             "library.bld.separate_documents=true, but replacements learn on whole sequences; set it to false",
         )
 
+    @property
+    def num_calibration(self) -> int:
+        """Calibration sequences that are read: those left out, those that rank, those that judge BLD."""
+        return self.skip_sequences + self.importance_sequences + self.bld.eval_sequences
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
@@ -160,6 +165,11 @@ class ScoreConfig:
         for name in ("skip_sequences", "iterative_removals"):
             require(getattr(self, name) >= 0, f"scores.{name} must be >= 0, got {getattr(self, name)}")
         require(self.task_limit is None or self.task_limit > 0, f"scores.task_limit must be > 0, got {self.task_limit}")
+
+    @property
+    def num_calibration(self) -> int:
+        """Calibration sequences that are read: those left out and those that are scored on."""
+        return self.skip_sequences + self.num_sequences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import TrainConfig, require
+from distill.config import require
 from distill.data.batch import IGNORE_INDEX, Batch
+from distill.data.budget import require_sequences
 
 NAMED_SEQUENCES = 8
 """Most sequences that a message names."""
@@ -52,12 +53,7 @@ class TokenSplit:
 
     def first(self, n: int, seq_len: int) -> Tensor:
         """The first ``n`` sequences, int64 ``[n, seq_len]``. Raises ``ValueError`` where the split has fewer."""
-        require(
-            n <= self.num_sequences(seq_len),
-            f"{n} sequences of {seq_len} tokens asked of the {self.name} split, "
-            f"which has {self.num_sequences(seq_len)} ({self.num_tokens} tokens); "
-            f"raise data.{self.name}_tokens to {n * seq_len} or ask for fewer",
-        )
+        require_sequences(n, seq_len, split=self.name, num_tokens=self.num_tokens)
         return self.sequences(seq_len, range(n))
 
 
@@ -206,38 +202,3 @@ def documents_apart(batch: Batch, eos_token_id: int) -> Batch:
         position_ids=batch.position_ids - begin,
         separate_documents=True,
     )
-
-
-def within_data(train: TrainConfig, num_sequences: int, *, where: str, used_tokens: int = 0) -> TrainConfig:
-    """``train`` as far as one pass over ``num_sequences`` sequences allows, by ``train.data_end``.
-
-    refuse: unchanged, or an error; repeat: unchanged; stop: with its budget cut to the whole steps of one pass, which
-    shortens the learning-rate schedule with it.
-
-    Args:
-        train: budget.
-        num_sequences: sequences of ``train.seq_len`` tokens that there are.
-        where: settings node of ``train`` (``distill``, ``library.bld``), for the message.
-        used_tokens: tokens of the split before those sequences, which earlier phases have had; for the message.
-
-    Raises:
-        ValueError: the budget is beyond one pass and ``data_end`` is refuse, or one pass is less than one step.
-    """
-    num_steps = num_sequences // train.batch_size
-    if train.num_steps <= num_steps or train.data_end == "repeat":
-        return train
-    reach = num_steps * train.tokens_per_step
-    beyond = f" that the {used_tokens} tokens of earlier phases leave" if used_tokens else ""
-    require(
-        train.data_end == "stop",
-        f"{where}.max_tokens={train.max_tokens} is beyond the data: {num_sequences} sequences of {train.seq_len} "
-        f"tokens{beyond} fill {num_steps} steps ({reach} tokens) of {where}.batch_size={train.batch_size}; set "
-        f"{where}.data_end=repeat (train on them again, in another order) or {where}.data_end=stop (after one pass), "
-        f"or raise data.train_tokens to {used_tokens + train.num_steps * train.tokens_per_step}",
-    )
-    require(
-        num_steps > 0,
-        f"{where}.data_end=stop, but the data's {num_sequences} sequences of {train.seq_len} tokens{beyond} do not "
-        f"fill one step of {where}.batch_size={train.batch_size}; lower it, or raise data.train_tokens",
-    )
-    return replace(train, max_tokens=reach)

@@ -23,10 +23,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from distill.config import DataConfig, SourceConfig, require
+from distill.data.budget import SPLITS
 from distill.data.sources import Region, interleave, regions
 from distill.data.tokenizer import encode_documents, load_tokenizer, tokenizer_sha256, vocab_size_of
-
-SPLITS = ("train", "validation", "calibration")
 
 HELD_OUT_FRAC = 1 / 8
 """Share of regions that the hash gives to each held-out split until its budget is full; later ones go to train."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill import distributed
 from distill.config import require
-from distill.data.dataset import Batches, TokenDataset, within_data
+from distill.data.budget import stretch
+from distill.data.dataset import Batches, TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.tracking import Tracker
 from launch.artifact import fingerprinted_config, require_made_from
@@ -59,11 +60,12 @@ def run(config: BuildLibraryStage, inputs: Inputs, context: StageContext) -> Sta
     require_same_tokenizer(dataset, parent_dir, "parent")
     # Apart from the validation split, on which children are judged later.
     num_skipped, num_ranking = config.library.skip_sequences, config.library.importance_sequences
-    num_needed = num_skipped + num_ranking + train.eval_sequences
-    calibration = dataset.split("calibration").first(num_needed, train.seq_len)[num_skipped:]
-    batches = Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
+    calibration = dataset.split("calibration").first(config.library.num_calibration, train.seq_len)[num_skipped:]
+    split = dataset.split("train")
+    reached = stretch(train, split.num_tokens, where="library.bld").train if config.library.train else train
+    batches = Batches(split, seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
     settings = BldSettings(
-        train=within_data(train, batches.num_sequences, where="library.bld") if config.library.train else train,
+        train=reached,
         optim=config.library.optim,
         engine=config.engine,
         batches=batches,

@@ -70,15 +70,7 @@ def check_cache(cache: TeacherCacheConfig, teacher: Architecture, dataset: Token
         f"teacher_cache.top_k={cache.top_k} leaves no other of the {teacher.vocab_size} tokens of the teacher's "
         "vocabulary; lower it",
     )
-    counts = {"max_tokens": ("train", cache.num_sequences), "eval_sequences": ("validation", cache.eval_sequences)}
-    for name, (split, num_sequences) in counts.items():
-        available = dataset.split(split).num_sequences(cache.seq_len)
-        most = available * cache.seq_len if name == "max_tokens" else available
-        require(
-            num_sequences <= available,
-            f"teacher_cache.{name}={getattr(cache, name)} asks for {num_sequences} sequences of {cache.seq_len} tokens "
-            f"of the {split} split, which has {available}; set it to {most}, or raise data.{split}_tokens",
-        )
+    cache.check_data({split: dataset.split(split).num_tokens for split in SPLITS})
 
 
 def _write_missing(

@@ -39,13 +39,13 @@ def run(config: DistillStage, inputs: Inputs, context: StageContext) -> StageRes
         setup = TrainingSetup(
             student=student, objective=config.objective, store=signals.train, held_out_store=signals.validation
         )
-        num_sequences = signals.train.num_sequences
+        num_cached = signals.train.num_sequences
     else:
         teacher = models["teacher"]
         pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
         setup = TrainingSetup(student=student, objective=config.objective, teacher=teacher, layer_map=pairs)
-        num_sequences = None
-    data = training_data(dataset, config.distill, seed=config.seed, node="distill", num_sequences=num_sequences)
+        num_cached = None
+    data = training_data(dataset, config.distill, seed=config.seed, node="distill", num_cached=num_cached)
     tokens_before = uptraining_tokens(inputs["student"])
     with tracking(context, stage="distill", config=config, starts_untrained=tokens_before == 0) as tracker:
         result = run_engine(

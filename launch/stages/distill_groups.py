@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import require
-from distill.data.dataset import Batches, TokenDataset, within_data
+from distill.data.budget import stretch
+from distill.data.dataset import Batches, TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
 from distill.tracking import Tracker
@@ -143,9 +144,10 @@ def _settings(config: DistillGroupsStage, inputs: Inputs, architecture: Architec
     )
     dataset = TokenDataset.open(inputs["data"].path)
     require_same_tokenizer(dataset, inputs["model"].path, "model")
-    batches = Batches(dataset.split("train"), seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
+    split = dataset.split("train")
+    batches = Batches(split, seq_len=train.seq_len, batch_size=train.batch_size, seed=config.seed)
     return BldSettings(
-        train=within_data(train, batches.num_sequences, where="group_distillation.train"),
+        train=stretch(train, split.num_tokens, where="group_distillation.train").train,
         optim=config.group_distillation.optim,
         engine=config.engine,
         batches=batches,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distill import distributed
-from distill.config import EvaluateConfig, require
+from distill.config import require
 from distill.data.dataset import TokenDataset
 from distill.data.tokenizer import require_same_tokenizer
 from distill.engine.base import resolve_device, resolve_dtype
@@ -135,18 +135,10 @@ def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -
 
 
 def _probes(config: ExtendContextStage, dataset: TokenDataset) -> dict[int, LengthProbe]:
-    """As many tokens at each length, and in each forward, as one held-out evaluation and one sequence of the last phase
-    have."""
-    extend = config.extend_context
-    like = EvaluateConfig(
-        seq_len=extend.phases[-1].seq_len,
-        num_sequences=extend.eval_sequences,
-        batch_size=1,
-        num_needles=extend.num_needles,
-    )
+    probe = config.extend_context.probe
     return {
-        length: make_probe(dataset, like, length=length, seed=config.seed, node="extend_context")
-        for length in extend.lengths
+        length: make_probe(dataset, probe, length=length, seed=config.seed, node="extend_context")
+        for length in probe.lengths
     }
 
 

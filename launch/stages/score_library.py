@@ -82,8 +82,7 @@ def calibration_sequences(dataset: TokenDataset, scores: ScoreConfig, parent: Ar
         scores.seq_len <= parent.max_positions,
         f"scores.seq_len={scores.seq_len} is beyond the {parent.max_positions} positions of the parent; lower it",
     )
-    num_skipped = scores.skip_sequences
-    return dataset.split("calibration").first(num_skipped + scores.num_sequences, scores.seq_len)[num_skipped:]
+    return dataset.split("calibration").first(scores.num_calibration, scores.seq_len)[scores.skip_sequences :]
 
 
 def _at_depth_of(

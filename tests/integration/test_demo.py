@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+DATA = {"train": 30720, "validation": 4096, "calibration": 3072}
+"""Tokens of every split: what the stages read of it, and not one more."""
 TINY = [
-    "data.train_tokens=60000",
-    "data.validation_tokens=8000",
-    "data.calibration_tokens=8000",
+    *(f"data.{split}_tokens={tokens}" for split, tokens in DATA.items()),
     "data.vocab_size=512",
     "pretrain.num_blocks=6",
     "pretrain.hidden_dim=64",
@@ -55,6 +56,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch("demo", *TINY, "run.name=tiny", root=root)
     assert done.returncode == 0, done.stdout + done.stderr
     return root
+
+
+@pytest.mark.parametrize("split", DATA)
+def test_data_too_short_by_a_token_is_refused_before_anything_runs(split: str, tmp_path: Path) -> None:
+    done = launch("demo", *TINY, f"data.{split}_tokens={DATA[split] - 1}", root=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: step \w+ on the data of step data: .*data\.{split}_tokens .*\n", done.stderr)
+    assert not any(tmp_path.rglob("artifact.json"))
 
 
 def test_every_step_leaves_its_artifact_and_a_report(root: Path) -> None:

@@ -225,7 +225,16 @@ def test_without_a_fusion_no_search_may_count_on_one() -> None:
     puzzle = compose_pipeline("puzzle", [])
     # A parent that needs no weights.
     start = {
-        "data": StepConfig(stage="prepare_data", overrides=("data=python_stdlib", "data.tokenizer=train")),
+        "data": StepConfig(
+            stage="prepare_data",
+            overrides=(
+                "data=python_stdlib",
+                "data.tokenizer=train",
+                "data.train_tokens=10_000_000",
+                "data.validation_tokens=1_000_000",
+                "data.calibration_tokens=1_000_000",
+            ),
+        ),
         "parent": StepConfig(stage="pretrain", inputs={"data": "data"}),
     }
     rest = {name: step for name, step in puzzle.steps.items() if name not in start}

@@ -37,6 +37,13 @@ TEXT = [
     "prune_attention.num_attentions=3",
     "prune_attention.num_sequences=2",
     "prune_attention.seq_len=32",
+    "dependency.num_sequences=2",
+    "dependency.seq_len=32",
+    "distill.seq_len=32",
+    "distill.max_tokens=1024",
+    "distill.eval_sequences=2",
+    "evaluate.seq_len=32",
+    "evaluate.num_sequences=2",
     "engine.device=cpu",
 ]
 

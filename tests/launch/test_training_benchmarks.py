@@ -145,6 +145,13 @@ def test_a_part_of_the_child_has_its_widest_blocks(load: Load) -> None:
     assert max(heads or 0 for heads, *_ in part) == max(heads or 0 for heads, *_ in child)
 
 
+def test_a_cache_holds_whole_steps_of_what_is_trained(load: Load) -> None:
+    program = load("teacher_cache")
+    overrides = ["model=hub", "model.source=x", "data=python_stdlib", "distill.batch_size=16"]
+    assert program.whole_steps(400_000, 128, overrides) == 196 * 16 * 128
+    assert program.whole_steps(0, 128, overrides) == 0
+
+
 def test_gradients_are_compared_in_fp64(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     program = load("teacher_cache")
     monkeypatch.setattr(program, "_PIECE", 1000)

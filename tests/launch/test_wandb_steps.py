@@ -55,6 +55,7 @@ PICO = [
     *(f"distill.{text}" for text in ("max_tokens=1024", "seq_len=32", "batch_size=8", "eval_every_tokens=256")),
     "distill.resume_every_tokens=512",
     "distill.eval_sequences=4",
+    "extend_context.phases=[{seq_len: 64, max_tokens: 512, batch_size: 4}]",
     "evaluate.num_sequences=4",
     "evaluate.seq_len=32",
     "evaluate.lengths=[]",

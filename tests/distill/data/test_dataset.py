@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from distill.config import TrainConfig
 from distill.data.batch import IGNORE_INDEX, Batch
-from distill.data.dataset import Batches, TokenDataset, TokenSplit, documents_apart, within_data
+from distill.data.dataset import Batches, TokenDataset, TokenSplit, documents_apart
 
 
 def _split(num_tokens: int) -> TokenSplit:
@@ -153,32 +151,3 @@ def test_documents_apart() -> None:
 def test_split_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="seq_len=200 is longer than the train split of 103 tokens"):
         Batches(_split(103), seq_len=200, batch_size=1, seed=0)
-
-
-TRAIN = TrainConfig(max_tokens=400, seq_len=10, batch_size=4)
-"""Ten steps: 40 sequences."""
-
-
-def test_a_budget_within_the_data_stays() -> None:
-    for data_end in ("refuse", "repeat", "stop"):
-        train = replace(TRAIN, data_end=data_end)
-        assert within_data(train, 40, where="distill") == train
-
-
-def test_a_budget_beyond_the_data_is_refused_with_the_choices() -> None:
-    message = (
-        r"distill\.max_tokens=400 is beyond the data: 39 sequences of 10 tokens fill 9 steps \(360 tokens\) .*"
-        r"distill\.data_end=repeat .* distill\.data_end=stop .* raise data\.train_tokens to 400"
-    )
-    with pytest.raises(ValueError, match=message):
-        within_data(TRAIN, 39, where="distill")
-
-
-def test_a_budget_beyond_the_data_repeats_or_stops() -> None:
-    repeat, stop = replace(TRAIN, data_end="repeat"), replace(TRAIN, data_end="stop")
-    assert within_data(repeat, 39, where="distill") == repeat
-    stopped = within_data(stop, 39, where="distill")
-    assert stopped == replace(stop, max_tokens=360)
-    assert stopped.num_steps == 9
-    with pytest.raises(ValueError, match=r"3 sequences of 10 tokens do not fill one step of distill\.batch_size=4"):
-        within_data(stop, 3, where="distill")
