@@ -24,9 +24,9 @@ from distill.config import SourceConfig, require
 from distill.data.sources import stdlib_files, text_files
 from launch import processes
 from launch.provenance import cpu_name, gpu_names
-from puzzle.config import ModelConfig
 from puzzle.lm_eval_index import TaskChoice
 from puzzle.lm_eval_seeds import SEEDS
+from puzzle.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from launch.stage_configs import (

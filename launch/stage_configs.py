@@ -35,10 +35,7 @@ from puzzle.config import (
     AssembleConfig,
     BenchmarkConfig,
     CostConfig,
-    ExportConfig,
     LibraryConfig,
-    ModelConfig,
-    PretrainConfig,
     PruneAttentionConfig,
     ScoreConfig,
     SearchConfig,
@@ -46,6 +43,7 @@ from puzzle.config import (
     WorkloadConfig,
 )
 from puzzle.model.architecture import Architecture
+from puzzle.model.config import ExportConfig, ModelConfig, PretrainConfig
 from puzzle.model.parallelism import refuses
 
 NONE_KNOWN: Mapping[str, Architecture] = MappingProxyType({})

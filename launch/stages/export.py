@@ -21,10 +21,10 @@ from torch import Tensor
 from distill.config import require
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import ExportStage
-from puzzle.config import ExportConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, check_tensors, has_tokenizer, read_architecture
 from puzzle.model.compatibility import TargetReport, compatibility, require_loadable
+from puzzle.model.config import ExportConfig
 from puzzle.model.fp8_check import Fp8Error
 from puzzle.model.rewrites import rewritten
 from puzzle.model.rewritten_tensors import rewritten_tensors

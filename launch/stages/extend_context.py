@@ -112,25 +112,20 @@ def _models(config: ExtendContextStage, inputs: Inputs, dataset: TokenDataset) -
     A teacher that the objective has no use for is what the student is held against, as in stage distill.
     """
     config.check_inputs(inputs)
-    student = DirectoryProvider(inputs["student"].path)
-    require_same_tokenizer(dataset, student.directory, "student")
-    if "teacher" not in inputs:
-        config.check_processes(distributed.world_size(), {"student": student.architecture})
-        probes = _probes(config, dataset)
-        return _Models(student=student, teacher=None, layer_map=(), probes=probes)
-    teacher = DirectoryProvider(inputs["teacher"].path)
-    require_same_tokenizer(dataset, teacher.directory, "teacher")
+    models = {role: DirectoryProvider(inputs[role].path) for role in ("student", "teacher") if role in inputs}
+    for role, model in models.items():
+        require_same_tokenizer(dataset, model.directory, role)
+    student, teacher = models["student"], models.get("teacher")
     longest = max(phase.seq_len for phase in config.extend_context.phases)
+    reach = longest if teacher is None else teacher.architecture.max_positions
     require(
-        longest <= teacher.architecture.max_positions,
-        f"extend_context.phases reach seq_len={longest}, beyond the {teacher.architecture.max_positions} positions of "
-        "the teacher; train that phase with objective=lm and without inputs.teacher, or take a teacher that was made "
-        "for it",
+        longest <= reach,
+        f"extend_context.phases reach seq_len={longest}, beyond the {reach} positions of the teacher; train that phase "
+        "with objective=lm and without inputs.teacher, or take a teacher that was made for it",
     )
-    architectures = {"student": student.architecture, "teacher": teacher.architecture}
-    config.check_processes(distributed.world_size(), architectures)
+    config.check_processes(distributed.world_size(), {role: model.architecture for role, model in models.items()})
     probes = _probes(config, dataset)
-    pairs = paired_blocks(student.architecture, teacher.architecture, config.objective)
+    pairs = paired_blocks(student.architecture, teacher.architecture, config.objective) if teacher else ()
     return _Models(student=student, teacher=teacher, layer_map=pairs, probes=probes)
 
 

@@ -10,10 +10,10 @@ from distill.config import require
 from launch.externals import hub_snapshot, local_model
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import ImportParentStage
-from puzzle.config import ModelConfig
 from puzzle.model import stats
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TOKENIZER_FILES, has_tokenizer
+from puzzle.model.config import ModelConfig
 from puzzle.model.convert import import_hf, source_layout
 
 HUB_FILES = [

@@ -12,9 +12,9 @@ from distill.engine.setup import TrainingSetup
 from launch.stage import Inputs, StageContext, StageResult
 from launch.stage_configs import PretrainStage
 from launch.training import check_positions, curve_ends, only_whole, run_engine, tracking, training_data
-from puzzle.config import PretrainConfig
 from puzzle.model.architecture import FFN_DIM_MULTIPLE, Architecture, dense_blocks
 from puzzle.model.checkpoint import build_model, save_model
+from puzzle.model.config import PretrainConfig
 from puzzle.model.provider import DirectoryProvider
 
 OBJECTIVE = ObjectiveConfig(lm=1.0)

@@ -39,8 +39,9 @@ from launch.stages import (
     measure_dependency,
     parallelize_blocks,
 )
-from puzzle.config import BenchmarkConfig, CostConfig, ExportConfig, SpaceConfig, WorkloadConfig
+from puzzle.config import BenchmarkConfig, CostConfig, SpaceConfig, WorkloadConfig
 from puzzle.model.checkpoint import TensorReader, copy_tokenizer, load_model, read_architecture
+from puzzle.model.config import ExportConfig
 
 A = (2, 256)
 FFN = (None, 256)

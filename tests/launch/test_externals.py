@@ -28,12 +28,12 @@ from puzzle.config import (
     ConstraintConfig,
     CostConfig,
     HardwareConfig,
-    ModelConfig,
     ScoreConfig,
     SearchConfig,
     SpaceConfig,
     WorkloadConfig,
 )
+from puzzle.model.config import ModelConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

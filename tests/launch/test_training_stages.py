@@ -37,9 +37,9 @@ from launch.artifact import Artifact
 from launch.stage import StageContext, StageResult
 from launch.stage_configs import CacheTeacherStage, DistillStage, ExtendContextStage, PretrainStage
 from launch.stages import cache_teacher, distill, extend_context, pretrain
-from puzzle.config import PretrainConfig
 from puzzle.model.architecture import Architecture
 from puzzle.model.checkpoint import TensorReader, load_model, read_architecture
+from puzzle.model.config import PretrainConfig
 from puzzle.model.provider import DirectoryProvider
 from puzzle.model.stats import flops_per_token
 from tests.launch.training_inputs import commit_artifact, write_data, write_student, write_teacher

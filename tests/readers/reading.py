@@ -19,9 +19,9 @@ from torch import nn
 from launch.stage import StageContext
 from launch.stage_configs import ExportStage
 from launch.stages import export
-from puzzle.config import ExportConfig
 from puzzle.model.checkpoint import load_model, read_architecture
 from puzzle.model.compatibility import report
+from puzzle.model.config import ExportConfig
 from puzzle.model.targets import Quantization, Target
 
 ROOT = Path(__file__).parents[2]

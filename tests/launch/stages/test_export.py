@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.stage import StageContext, StageResult
 from launch.stage_configs import ExportStage
 from launch.stages import export
-from puzzle.config import ExportConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model
+from puzzle.model.config import ExportConfig
 from puzzle.model.targets import TARGETS
 
 KV2, FFN = AttentionConfig(num_kv_heads=2), FFNConfig(ffn_dim=512)

@@ -19,10 +19,10 @@ from launch.config import compose_stage
 from launch.stage import StageContext, StageResult
 from launch.stage_configs import ExportStage
 from launch.stages import export
-from puzzle.config import ExportConfig
 from puzzle.model import target_directory, tensor_reader
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.checkpoint import build_model, load_model, read_architecture, save_model
+from puzzle.model.config import ExportConfig
 from puzzle.model.fp8 import (
     FP8_CONFIG,
     SCALE_SUFFIX,

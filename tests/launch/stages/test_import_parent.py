@@ -10,8 +10,8 @@ import torch
 from launch.stage import StageContext, StageResult
 from launch.stage_configs import ImportParentStage
 from launch.stages import import_parent
-from puzzle.config import ModelConfig
 from puzzle.model.checkpoint import TensorReader, has_tokenizer, read_architecture
+from puzzle.model.config import ModelConfig
 
 
 def _run(out: Path, **model: Any) -> StageResult:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from distill.config import RopeConfig
-from puzzle.config import ExportConfig
 from puzzle.model.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionConfig, BlockConfig, FFNConfig
 from puzzle.model.compatibility import compatibility, report, require_loadable
+from puzzle.model.config import ExportConfig
 from puzzle.model.rewrites import kept_blocks, rewritten
 from puzzle.model.targets import TARGETS, Target
 
