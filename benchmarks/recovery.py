@@ -148,7 +148,7 @@ def base_steps(options: argparse.Namespace, longest: int) -> dict[str, StepConfi
     text = {"text": StepConfig(stage="generate_text", inputs={"teacher": "parent"})} if is_generated else {}
     budget = [*step_overrides(settings, "data", options.set), f"distill.max_tokens={longest}"]
     train = compose_stage(DistillStage, budget).distill
-    enough = train.num_steps * train.tokens_per_step
+    enough = train.spent_tokens
     tokens = max(data.train_tokens, enough) if train.data_end == "refuse" else data.train_tokens
     pruning = (f"prune_attention.num_attentions={options.num_attentions}", "prune_attention.contiguous=true")
     return {

@@ -82,8 +82,9 @@ def whole_steps(train_tokens: int, seq_len: int, overrides: Sequence[str]) -> in
         return 0
     pipeline = PipelineConfig(about="", steps={"distilled": StepConfig(stage="distill")})
     budget = (f"distill.seq_len={seq_len}", f"distill.max_tokens={train_tokens}")
-    train = compose_stage(DistillStage, [*step_overrides(pipeline, "distilled", overrides), *budget]).distill
-    return train.num_steps * train.tokens_per_step
+    return compose_stage(
+        DistillStage, [*step_overrides(pipeline, "distilled", overrides), *budget]
+    ).distill.spent_tokens
 
 
 def measure(student: nn.Module, teacher: Teacher | CachedTeacher, sequences: Tensor) -> Measured:

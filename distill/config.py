@@ -293,6 +293,11 @@ class TrainConfig:
         return -(-self.max_tokens // self.tokens_per_step)
 
     @property
+    def spent_tokens(self) -> int:
+        """Tokens of these steps: the budget, or what its last step goes beyond it."""
+        return self.num_steps * self.tokens_per_step
+
+    @property
     def default_resume_tokens(self) -> int:
         """Tokens between resume points where ``resume_every_tokens`` leaves it open: a tenth of the budget."""
         return -(-self.max_tokens // 10)

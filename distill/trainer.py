@@ -115,7 +115,7 @@ def train(
         )
         num_steps_done = first_step = run.start()
         with tqdm(
-            total=train.num_steps * train.tokens_per_step,
+            total=train.spent_tokens,
             initial=first_step * train.tokens_per_step,
             desc=desc,
             unit="tok",

@@ -121,8 +121,7 @@ def check_data(
             used_tokens = 0
             for index in range(len(extend.phases)):
                 phase = extend.train(index)
-                drawn = training(phase, extend.node(index), used_tokens=used_tokens).train
-                used_tokens += drawn.num_steps * drawn.tokens_per_step
+                used_tokens += training(phase, extend.node(index), used_tokens=used_tokens).train.spent_tokens
                 validation(phase.eval_sequences, phase.seq_len)
             lengths(extend.probe)
         case EvaluateStage(evaluate=evaluate):

@@ -180,7 +180,7 @@ def point_steps(train: TrainConfig) -> list[int]:
     """Optimizer steps after which an uninterrupted run writes a resume point, in rising order."""
     # Nothing is due more often than at every step.
     every = max(train.resume_every_tokens or train.default_resume_tokens, train.tokens_per_step)
-    total = train.num_steps * train.tokens_per_step
+    total = train.spent_tokens
     due = {-(-tokens // train.tokens_per_step) for tokens in range(every, total + 1, every)}
     return sorted(due | {train.num_steps})
 

@@ -140,7 +140,7 @@ def run_engine(
             should_stop=preemption.should_stop,
             step_s_at_peak=_step_s_at_peak(setup, budget, engine, runner.device),
         )
-    if result.tokens < budget.num_steps * budget.tokens_per_step:
+    if result.tokens < budget.spent_tokens:
         raise preemption.Preempted(f"{desc} stopped at {result.tokens:,} tokens, with its state saved")
     runner.export(out)
     distributed.barrier()

@@ -99,7 +99,7 @@ def within_data(
         f"{where}.max_tokens={train.max_tokens} is beyond the data: {num_sequences} sequences of {train.seq_len} "
         f"tokens{beyond} fill {num_steps} steps ({reach} tokens) of {where}.batch_size={train.batch_size}; set "
         f"{where}.data_end=repeat (train on them again, in another order) or {where}.data_end=stop (after one pass), "
-        f"or {more} to {used_tokens + train.num_steps * train.tokens_per_step}",
+        f"or {more} to {used_tokens + train.spent_tokens}",
     )
     require(
         num_steps > 0,

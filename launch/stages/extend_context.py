@@ -150,7 +150,7 @@ def _phases(config: ExtendContextStage, architecture: Architecture, dataset: Tok
         data = training_data(
             dataset, extend.train(index), seed=config.seed + index, node=extend.node(index), used_tokens=used_tokens
         )
-        used_tokens += data.train.num_steps * data.train.tokens_per_step
+        used_tokens += data.train.spent_tokens
         yield Phase(index=index, architecture=architecture, data=data)
 
 
